@@ -1,0 +1,1 @@
+"""LoRA training for Stable Diffusion and everything around it."""
