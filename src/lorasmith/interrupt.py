@@ -1,0 +1,36 @@
+"""Stopping a run politely: Ctrl+C and SIGTERM ask for a stop, the loop finishes its step and saves."""
+
+import signal
+from types import FrameType
+
+
+class StopRequest:
+    """While entered, the first SIGINT or SIGTERM is noted; a second one ends the program at once.
+
+    `signal_number` is None until a stop was asked for; `exit_code` is then 128 + signal (130 for Ctrl+C, 143 for SIGTERM).
+    """
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> "StopRequest":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    @property
+    def exit_code(self) -> int:
+        return 128 + (self.signal_number or 0)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self.signal_number = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal itself returned
+        self._previous.clear()

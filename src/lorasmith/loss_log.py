@@ -1,0 +1,36 @@
+"""The loss of every step as JSON lines: the record that the report, the resume and other programs read."""
+
+import json
+import os
+from pathlib import Path
+
+
+class LossLog:
+    """Appends `{"step": 1, "loss": 0.1, "lr": 0.0001}` lines; steps count from 1.
+
+    Opened for a resumed run, lines of later steps are dropped first, so that each step stands once.
+    """
+
+    def __init__(self, path: Path, *, done: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [(step, line) for step, line in _lines(path) if step <= done]
+        temporary = path.with_suffix(".partial")
+        temporary.write_text("".join(line for _, line in kept), encoding="utf-8")
+        os.replace(temporary, path)
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self.losses: list[tuple[int, float]] = [(step, json.loads(line)["loss"]) for step, line in kept]
+
+    def append(self, step: int, loss: float, lr: float) -> None:
+        self._file.write(json.dumps({"step": step, "loss": loss, "lr": lr}) + "\n")
+        self.losses.append((step, loss))
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _lines(path: Path) -> list[tuple[int, str]]:
+    """Return the whole lines of a log with their steps; a line cut by a crash can only be the last and is left out."""
+    if not path.is_file():
+        return []
+    whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    return [(json.loads(line)["step"], line) for line in whole]

@@ -1,0 +1,122 @@
+"""The folder of a run: who owns it, how its files are called, and that nothing in it is overwritten in silence."""
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorasmith.errors import UserError
+
+RUN_FILE = "run.toml"
+
+
+@dataclass(frozen=True)
+class OutputFolder:
+    """Paths of one run's results.
+
+    LoRA files are called as in the 2022 document, `last`, `epoch-000001`, unless the run has a name.
+    """
+
+    path: Path
+    name: str | None
+    extension: str
+
+    @property
+    def run_file(self) -> Path:
+        return self.path / RUN_FILE
+
+    @property
+    def loss_log(self) -> Path:
+        return self.path / "logs" / "loss.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "logs" / "tensorboard"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report"
+
+    @property
+    def states(self) -> Path:
+        return self.path / "states"
+
+    def last(self) -> Path:
+        return self.path / f"{self.name or 'last'}.{self.extension}"
+
+    def epoch(self, epoch: int) -> Path:
+        """File for the end of `epoch`, which counts from 1."""
+        return self.path / f"{self.name or 'epoch'}-{epoch:06d}.{self.extension}"
+
+    def step(self, step: int) -> Path:
+        """File after `step` optimizer steps."""
+        stem = f"{self.name}-step{step:08d}" if self.name else f"step-{step:08d}"
+        return self.path / f"{stem}.{self.extension}"
+
+
+def check_free(folder: OutputFolder, *, overwrite: bool) -> None:
+    """Refuse a place that cannot be written to or that holds another run.
+
+    Raises:
+        UserError: with the ways out: resume, another folder, --overwrite.
+    """
+    _check_writable(folder.path)
+    found = [path.name for path in _belongings(folder)]
+    if found and not overwrite:
+        raise UserError(
+            f"{folder.path} already holds a run ({_some(found)}), and nothing is overwritten. "
+            f"To go on with it: lorasmith train --resume \"{folder.path}\". To start afresh: another --output, "
+            "or --overwrite, which moves the old run aside."
+        )
+
+
+def move_aside(folder: OutputFolder) -> Path | None:
+    """Move an older run's files into `old-1`, `old-2`, ... inside the folder; return where, or None if there are none."""
+    belongings = _belongings(folder)
+    if not belongings:
+        return None
+    number = 1
+    while (target := folder.path / f"old-{number}").exists():
+        number += 1
+    target.mkdir()
+    for path in belongings:
+        shutil.move(path, target / path.name)
+    return target
+
+
+def _belongings(folder: OutputFolder) -> list[Path]:
+    """Return what a run of this name would write over: its files and folders, not the user's other things."""
+    if not folder.path.is_dir():
+        return []
+    named = {RUN_FILE, "logs", "samples", "report", "states"}
+    stems = ("last.", "epoch-", "step-") if folder.name is None else (f"{folder.name}.", f"{folder.name}-")
+    endings = (".safetensors", ".pt", ".ckpt")
+    return sorted(
+        path
+        for path in folder.path.iterdir()
+        if path.name in named or (path.name.startswith(stems) and path.suffix in endings)
+    )
+
+
+def _check_writable(path: Path) -> None:
+    existing = path
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UserError(f"--output {path}: {existing} is a file, not a folder; choose another place.")
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"--output {path}: {existing} cannot be written to ({error.strerror}); "
+            "choose another place or change its rights."
+        ) from error
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

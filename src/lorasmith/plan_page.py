@@ -1,0 +1,69 @@
+"""The plan as a page of text: what will happen, before anything is loaded."""
+
+import textwrap
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from lorasmith.data.buckets import CropPlan
+from lorasmith.data.records import ImageRecord
+
+_NAME_WIDTH, _LINE_WIDTH = 11, 118
+
+
+def plan_page(title: str, paragraphs: Mapping[str, Sequence[str]]) -> str:
+    """Return the page: a name on the left, its lines on the right, wrapped."""
+    lines = [title, ""]
+    for name, sentences in paragraphs.items():
+        wrapped = [part for sentence in sentences for part in _wrap(sentence)]
+        lines += [f"{label:<{_NAME_WIDTH}}{part}" for label, part in zip([name] + [""] * len(wrapped), wrapped)]
+    return "\n".join(lines) + "\n"
+
+
+def caption_lines(records: Sequence[ImageRecord], shown: int = 3) -> list[str]:
+    """Say which captions are trained: the commonest ones with their counts."""
+    counts = Counter(record.caption for record in records)
+    lines = [f'"{caption}" ({_pictures(count)})' for caption, count in counts.most_common(shown)]
+    return lines + ([f"and {len(counts) - shown} more different captions"] if len(counts) > shown else [])
+
+
+def shape_lines(records: Sequence[ImageRecord], crops: Sequence[CropPlan], shown: int = 8) -> list[str]:
+    """Say what the pictures are resized and cropped to, and what that costs."""
+    shapes = Counter(_shape(crop) for crop in crops)
+    lines = [
+        f"{_pictures(count)} as {width}x{height}" for (width, height), count in shapes.most_common(shown)
+    ] + ([f"and {len(shapes) - shown} more shapes"] if len(shapes) > shown else [])
+    enlarged = [record.path.name for record, crop in zip(records, crops, strict=True) if crop.resize[0] > record.size[0]]
+    if enlarged:
+        lines.append(f"{_pictures(len(enlarged))} smaller than that and enlarged: {_some(enlarged)}")
+    worst = max(range(len(crops)), key=lambda i: crops[i].lost_area)
+    if crops[worst].lost_area > 0.005:
+        mean = sum(crop.lost_area for crop in crops) / len(crops)
+        lines.append(
+            f"cropping cuts away {mean:.0%} of the area on average, at most {crops[worst].lost_area:.0%} "
+            f"({records[worst].path.name})" + ("; --buckets would cut less" if len(shapes) == 1 and mean > 0.1 else "")
+        )
+    return lines
+
+
+def memory_line(parts: Mapping[str, int]) -> str:
+    """Say how many bytes are needed in all and by what."""
+    total = sum(parts.values())
+    listed = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items() if size > 2**20)
+    return f"about {total / 2**30:.1f} GiB while training ({listed})"
+
+
+def _shape(crop: CropPlan) -> tuple[int, int]:
+    left, top, right, bottom = crop.crop
+    return right - left, bottom - top
+
+
+def _pictures(count: int) -> str:
+    return f"{count} picture{'' if count == 1 else 's'}"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _wrap(sentence: str) -> list[str]:
+    return textwrap.wrap(sentence, _LINE_WIDTH - _NAME_WIDTH, subsequent_indent="  ", break_long_words=False) or [""]

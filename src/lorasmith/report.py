@@ -1,0 +1,150 @@
+"""The report of a run: one folder with a page, the loss curve, samples before and after, and what was learned where."""
+
+import html
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+from lorasmith.sheets import sheet
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #28282e; background: #fafaf8 }
+h1 { font-size: 1.6rem } h2 { font-size: 1.15rem; margin-top: 2.2rem } img { max-width: 100%; border-radius: 6px }
+table { border-collapse: collapse; font-size: .9rem } td, th { text-align: left; padding: .25rem .8rem .25rem 0; vertical-align: top; border-bottom: 1px solid #e4e4de }
+code { background: #eeeee8; padding: .1rem .3rem; border-radius: 4px; overflow-wrap: anywhere } .settings { columns: 2; column-gap: 2rem } .settings table { width: 100%; break-inside: avoid; margin-bottom: 1rem }
+"""
+
+
+@dataclass(frozen=True)
+class ReportContents:
+    """What a report shows.
+
+    summary: plain sentences for the top. settings: section -> option -> value. losses: (step, loss) pairs, steps from 1.
+    before, after: pictures of `prompts` without and with the LoRA, in their order. norms: module name -> Frobenius norm
+    of its delta. files: (file name, what it is for).
+    """
+
+    title: str
+    summary: Sequence[str]
+    settings: Mapping[str, Mapping[str, object]]
+    losses: Sequence[tuple[int, float]]
+    norms: Mapping[str, float]
+    files: Sequence[tuple[str, str]]
+    prompts: Sequence[str] = field(default_factory=list)
+    before: Sequence[Image.Image] = field(default_factory=list)
+    after: Sequence[Image.Image] = field(default_factory=list)
+
+
+def write_report(folder: Path, contents: ReportContents) -> Path:
+    """Write the report into `folder` and return its page, `index.html`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _draw_losses(folder / "loss.png", contents.losses)
+    _draw_norms(folder / "norms.png", norms_by_block(contents.norms))
+    if contents.after:
+        rows = [("before", contents.before)] if contents.before else []
+        sheet(contents.prompts, [*rows, ("after", contents.after)]).save(folder / "samples.png")
+    page = folder / "index.html"
+    page.write_text(_page(contents), encoding="utf-8")
+    return page
+
+
+def norms_by_block(norms: Mapping[str, float]) -> dict[str, float]:
+    """Join modules' delta norms into their blocks': the root of the sum of squares.
+
+    A block is a text-encoder layer (`text 3`), or the attentions of a U-Net block (`down 1.0`, `mid`, `up 3.2`).
+    """
+    squares: dict[str, float] = {}
+    for name, norm in norms.items():
+        block = _block_of(name)
+        squares[block] = squares.get(block, 0.0) + norm**2
+    return {block: square**0.5 for block, square in sorted(squares.items(), key=lambda item: _block_order(item[0]))}
+
+
+def smooth(values: Sequence[float], weight: float = 0.95) -> list[float]:
+    """Return the exponential moving average, corrected for its start (Kingma and Ba 2014, section 3)."""
+    average, smoothed = 0.0, []
+    for count, value in enumerate(values, 1):
+        average = weight * average + (1 - weight) * value
+        smoothed.append(average / (1 - weight**count))
+    return smoothed
+
+
+def _block_of(name: str) -> str:
+    words = name.split("_")
+    if name.startswith("lora_te"):
+        return f"text {words[words.index('layers') + 1]}"
+    if "mid" in words:
+        return "mid"
+    return f"{words[2]} {words[4]}.{words[words.index('attentions') + 1]}"
+
+
+def _block_order(block: str) -> tuple[int, list[int]]:
+    kind, _, place = block.partition(" ")
+    return ["text", "down", "mid", "up"].index(kind), [int(number) for number in place.split(".") if number]
+
+
+def _draw_losses(path: Path, losses: Sequence[tuple[int, float]]) -> None:
+    figure, axes = _figure(9, 3.2)
+    steps, values = [step for step, _ in losses], [loss for _, loss in losses]
+    axes.plot(steps, values, color="#c9c9c0", linewidth=0.7, label="each step")
+    axes.plot(steps, smooth(values), color="#2f6f6f", linewidth=1.8, label="smoothed")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.legend(frameon=False)
+    figure.savefig(path)
+
+
+def _draw_norms(path: Path, blocks: Mapping[str, float]) -> None:
+    figure, axes = _figure(9, 3.2)
+    colors = ["#b9772f" if block.startswith("text") else "#2f6f6f" for block in blocks]
+    axes.bar(range(len(blocks)), list(blocks.values()), color=colors)
+    axes.set_xticks(range(len(blocks)), list(blocks), rotation=90, fontsize=8)
+    axes.set_ylabel("norm of the update")
+    figure.savefig(path)
+
+
+def _figure(width: float, height: float):  # noqa: ANN202 - matplotlib's own pair, typed there
+    # Imported here: it takes half a second that a run only spends at its end. The Figure class draws without a screen.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _page(contents: ReportContents) -> str:
+    samples = (
+        '<h2>Samples</h2><p>Same prompt and same noise in each column.</p><img src="samples.png" alt="samples">'
+        if contents.after
+        else ""
+    )
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{html.escape(contents.title)}</title><style>{_STYLE}</style></head><body>
+<h1>{html.escape(contents.title)}</h1>
+{"".join(f"<p>{html.escape(line)}</p>" for line in contents.summary)}
+<h2>Which file to use where</h2>{_table(contents.files)}
+{samples}
+<h2>Loss</h2><p>Diffusion losses are noisy: each step sees other noise levels. Look at the trend, and judge by the samples.</p>
+<img src="loss.png" alt="loss over steps">
+<h2>What was learned where</h2><p>Norm of the weight update per block (text encoder, then U-Net). All zero means nothing was learned.</p>
+<img src="norms.png" alt="norm of the update per block">
+<h2>Settings</h2><div class="settings">{"".join(_section(*section) for section in contents.settings.items())}</div>
+</body></html>
+"""
+
+
+def _section(name: str, options: Mapping[str, object]) -> str:
+    return f"<table><tr><th colspan=2>{html.escape(name)}</th></tr>{_rows(list(options.items()))}</table>"
+
+
+def _table(rows: Sequence[tuple[str, str]]) -> str:
+    return f"<table>{_rows(rows)}</table>"
+
+
+def _rows(rows: Sequence[tuple[str, object]]) -> str:
+    return "".join(
+        f"<tr><td><code>{html.escape(name)}</code></td><td>{html.escape(str(value))}</td></tr>" for name, value in rows
+    )

@@ -1,0 +1,46 @@
+"""Sheets: labelled grids of pictures, one row a moment of training, one column a prompt."""
+
+import textwrap
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+_GAP, _LABEL_WIDTH, _FONT_SIZE, _SMALLEST_CELL, _LARGEST_CELL = 8, 92, 13, 160, 384
+_INK, _PAPER = (40, 40, 46), (250, 250, 248)
+
+
+def sheet(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
+    """Return one picture with a caption above each column and a label before each row.
+
+    Pictures are shown between 160 and 384 pixels wide; small ones are enlarged without smoothing by whole factors.
+    """
+    cell = _cell_size([picture for _, pictures in rows for picture in pictures])
+    font = ImageFont.load_default(size=_FONT_SIZE)
+    captions = ["\n".join(textwrap.wrap(text, max(10, cell[0] // 7))[:4]) for text in columns]
+    header = _GAP + (_FONT_SIZE + 4) * max((text.count("\n") + 1 for text in captions), default=0)
+    size = (_LABEL_WIDTH + len(columns) * (cell[0] + _GAP) + _GAP, header + len(rows) * (cell[1] + _GAP) + _GAP)
+    page = Image.new("RGB", size, _PAPER)
+    draw = ImageDraw.Draw(page)
+    for column, text in enumerate(captions):
+        draw.text((_LABEL_WIDTH + column * (cell[0] + _GAP), _GAP // 2), text, _INK, font)
+    for row, (label, pictures) in enumerate(rows):
+        top = header + _GAP + row * (cell[1] + _GAP)
+        draw.text((_GAP, top + cell[1] // 2 - _FONT_SIZE), "\n".join(textwrap.wrap(label, 11)), _INK, font)
+        for column, picture in enumerate(pictures):
+            page.paste(_fit(picture, cell), (_LABEL_WIDTH + column * (cell[0] + _GAP), top))
+    return page
+
+
+def _cell_size(pictures: Sequence[Image.Image]) -> tuple[int, int]:
+    width = max((picture.width for picture in pictures), default=_SMALLEST_CELL)
+    height = max((picture.height for picture in pictures), default=_SMALLEST_CELL)
+    if width < _SMALLEST_CELL:
+        factor: float = -(-_SMALLEST_CELL // width)
+    else:
+        factor = min(1.0, _LARGEST_CELL / width)
+    return round(width * factor), round(height * factor)
+
+
+def _fit(picture: Image.Image, cell: tuple[int, int]) -> Image.Image:
+    resample = Image.Resampling.NEAREST if picture.width < cell[0] else Image.Resampling.LANCZOS
+    return picture.convert("RGB").resize(cell, resample)

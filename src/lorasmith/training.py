@@ -1,0 +1,119 @@
+"""One optimizer step of adapter training: forward, backward, sum over processes, clip, update.
+
+Draws nothing: noise, timesteps and augmentations come in the batches (law 1).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lorasmith.data.dataset import Batch
+from lorasmith.errors import UserError
+from lorasmith.losses import per_sample
+from lorasmith.models.base import Conditioning, LatentDiffusion
+from lorasmith.processes import Processes
+
+
+class LossNotFiniteError(UserError):
+    """The loss became NaN or infinite: nothing of this step was applied."""
+
+
+def latents_of(model: LatentDiffusion, batch: Batch) -> Tensor:
+    """Return the batch's latents x_0 (B, C, H/f, W/f), encoding its pixels where nothing is cached."""
+    if batch.latents is not None:
+        return batch.latents.to(model.device, torch.float32)
+    assert batch.pixels is not None
+    with torch.no_grad():
+        mean, std = model.encode_image(batch.pixels)
+    return mean + std * batch.posterior_noise.to(mean.device)
+
+
+def weighted_loss(
+    model: LatentDiffusion, batch: Batch, encode: Callable[[list[str]], Conditioning]
+) -> Tensor:
+    """Return sum(weight_i * loss_i) / count: this micro-batch's part of the mean over the whole step's samples."""
+    x_0 = latents_of(model, batch)
+    noise, t = batch.noise.to(x_0.device), batch.t.to(x_0.device)
+    x_t = model.schedule.add_noise(x_0, noise, t)
+    prediction = model(x_t, t, encode(batch.captions))
+    losses = per_sample(prediction.float(), model.schedule.target(x_0, noise, t))  # (B,)
+    return (losses * batch.weight.to(losses.device)).sum() / batch.count
+
+
+@dataclass
+class StepResult:
+    """What one step reports: the mean loss over all samples of all processes, and whether anyone was asked to stop."""
+
+    loss: float
+    is_stopping: bool
+
+
+class Stepper:
+    """Takes optimizer steps; owns the gradient scaler that fp16 needs.
+
+    Args:
+        base_rates: learning rate of each of the optimizer's groups before the schedule's multiplier.
+        max_grad_norm: 0 turns clipping off.
+    """
+
+    def __init__(
+        self,
+        model: LatentDiffusion,
+        parameters: Sequence[nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        processes: Processes,
+        encode: Callable[[list[str]], Conditioning],
+        *,
+        max_grad_norm: float,
+        is_fp16: bool,
+    ) -> None:
+        self._model, self._parameters, self._optimizer = model, list(parameters), optimizer
+        self._processes, self._encode, self._max_grad_norm = processes, encode, max_grad_norm
+        self._base_rates = [group["lr"] for group in optimizer.param_groups]
+        self.scaler = torch.amp.GradScaler(processes.device.type, enabled=is_fp16)
+
+    def step(self, batches: Sequence[Batch], rate_multiplier: float, *, step: int, wants_stop: bool) -> StepResult:
+        """Train on one global batch; `step` counts from 0 and is for messages only.
+
+        Raises:
+            LossNotFiniteError: at the first NaN or infinite loss, before any weight is changed.
+        """
+        self._optimizer.zero_grad(set_to_none=True)
+        totals = torch.zeros(2, dtype=torch.float64)
+        for batch in batches:
+            loss = weighted_loss(self._model, batch, self._encode)
+            totals[0] += loss.detach().double().cpu()
+            self.scaler.scale(loss).backward()
+        totals[1] = float(wants_stop)
+        loss_value, stops = self._processes.sum_(totals.to(self._sum_device())).tolist()
+        if not math.isfinite(loss_value):
+            raise LossNotFiniteError(not_finite_message(step, loss_value))
+        self._processes.sum_gradients_(self._parameters)
+        self._update(rate_multiplier)
+        return StepResult(loss_value, stops > 0)
+
+    def _sum_device(self) -> torch.device:
+        device = self._processes.device
+        return device if device.type == "cuda" else torch.device("cpu")
+
+    def _update(self, rate_multiplier: float) -> None:
+        for group, rate in zip(self._optimizer.param_groups, self._base_rates, strict=True):
+            group["lr"] = rate * rate_multiplier
+        self.scaler.unscale_(self._optimizer)
+        if self._max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm)
+        self.scaler.step(self._optimizer)
+        self.scaler.update()
+
+
+def not_finite_message(step: int, value: float) -> str:
+    """Say where the loss broke and what usually mends it."""
+    return (
+        f"the loss became {value} at step {step + 1}; training stopped there and nothing of that step was kept. "
+        "What to try, in this order: a learning rate ten times lower (--learning-rate); --precision bf16 or fp32 "
+        "instead of fp16; --max-grad-norm 1; and a base model and VAE without NaN (this one's pictures go black too "
+        "if its VAE is the cause: give --vae another one)."
+    )

@@ -1,0 +1,117 @@
+"""States: everything a stopped run needs to go on with the same bytes.
+
+A state is a folder `states/step-00000120` with the adapter's weights, the optimizer, the gradient scaler and a small
+JSON. Because batches are a pure function of the step (law 1), there is no generator and no data position to keep. It is
+written beside its place and renamed, so a state is whole or not there.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lorasmith.checkpoint import file_sha256, synced_folder
+from lorasmith.errors import UserError
+
+_FACTS, _NETWORK, _OPTIMIZER = "state.json", "network.safetensors", "optimizer.pt"
+
+
+@dataclass(frozen=True)
+class StateFacts:
+    """What a state says of its run.
+
+    step: optimizer steps done. data_fingerprint: see `data_fingerprint`. started_at: Unix time of the run's first start.
+    """
+
+    step: int
+    data_fingerprint: str
+    started_at: float
+    num_processes: int
+
+
+@dataclass(frozen=True)
+class State:
+    """One state on disk, read."""
+
+    facts: StateFacts
+    network: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any]
+
+
+def save_state(
+    states: Path,
+    facts: StateFacts,
+    network: dict[str, Tensor],
+    optimizer: dict[str, Any],
+    scaler: dict[str, Any],
+    *,
+    keep: int,
+) -> Path:
+    """Write a state, then remove all but the newest `keep`; return its folder.
+
+    Raises:
+        UserError: the disk is full; older states are still there.
+    """
+    target = states / f"step-{facts.step:08d}"
+    with synced_folder(target) as folder:
+        save_file({name: tensor.contiguous() for name, tensor in network.items()}, folder / _NETWORK)
+        torch.save({"optimizer": optimizer, "scaler": scaler}, folder / _OPTIMIZER)
+        hashes = {name: file_sha256(folder / name) for name in (_NETWORK, _OPTIMIZER)}
+        (folder / _FACTS).write_text(json.dumps({**asdict(facts), "sha256": hashes}, indent=1), encoding="utf-8")
+    for old in list_states(states)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def list_states(states: Path) -> list[Path]:
+    """Return the complete states in a run's `states` folder, oldest first."""
+    return sorted(path for path in states.glob("step-*") if (path / _FACTS).is_file())
+
+
+def find_state(path: Path) -> Path:
+    """Return the state meant by `--resume PATH`: the path itself, or the newest of a run's output folder.
+
+    Raises:
+        UserError: nothing there to go on from.
+    """
+    if (path / _FACTS).is_file():
+        return path
+    for folder in (path / "states", path):
+        if found := list_states(folder):
+            return found[-1]
+    if not path.exists():
+        raise UserError(f"--resume {path}: there is no such folder; give the output folder of the stopped run.")
+    raise UserError(
+        f"--resume {path}: no state in it. States are in OUTPUT/states/step-...; a run stopped before its first state "
+        "(see --state-every-steps) has to be started again."
+    )
+
+
+def load_state(folder: Path) -> State:
+    """Read a state and check that it is whole.
+
+    Raises:
+        UserError: a file is missing or was changed.
+    """
+    facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
+    for name, expected in facts.pop("sha256").items():
+        if not (folder / name).is_file() or file_sha256(folder / name) != expected:
+            raise UserError(
+                f"{folder / name} is missing or damaged, so this state cannot be used; "
+                f"resume from another one in {folder.parent} or start the run again."
+            )
+    rest = torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True)
+    return State(StateFacts(**facts), load_file(folder / _NETWORK), rest["optimizer"], rest["scaler"])
+
+
+def data_fingerprint(parts: list[str]) -> str:
+    """Return a hash of what the run trains on (pictures, captions, repeats), so that a resume can tell a change."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
