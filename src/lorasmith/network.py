@@ -1,0 +1,285 @@
+"""All adapters of a model together: made from rules or a file, attached to the frozen layers, trained, saved.
+
+Children carry the saved names, so `state_dict()` is the content of the LoRA file.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lorasmith import plugins
+from lorasmith.adapters.base import Adapter
+from lorasmith.errors import UserError
+from lorasmith.seeds import derive
+
+PARTS = {"lora_te": "text_encoder", "lora_unet": "unet"}  # how a saved name starts -> the model's part, in group order
+_TEXT_WIDTHS = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}
+_NUM_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What to put on the layers whose saved name matches `pattern` (fnmatch: `*`, `?`, `[abc]`)."""
+
+    pattern: str = "*"
+    adapter: str = "lora"  # a name from lorasmith.adapters or a dotted module
+    rank: int = 4
+    alpha: float | None = None  # None: alpha = rank, which is scale 1
+    lr_scale: float = 1.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Network(nn.Module):
+    """Adapters by saved name. Not attached when made: call `attach`."""
+
+    def __init__(
+        self, adapters: Mapping[str, Adapter], targets: Mapping[str, nn.Module], lr_scales: Mapping[str, float]
+    ) -> None:
+        super().__init__()
+        self._targets = {name: targets[name] for name in sorted(adapters)}  # a plain dict: no parameters of ours
+        self._lr_scales = dict(lr_scales)
+        self._handles: list[RemovableHandle] = []
+        self._multiplier = 1.0
+        for name, layer in self._targets.items():
+            self.add_module(name, adapters[name].to(layer.get_parameter("weight").device))
+
+    @classmethod
+    def create(cls, targets: Mapping[str, nn.Module], rules: Sequence[Rule], *, seed: int) -> "Network":
+        """Make new adapters, which change nothing yet; the first rule that matches a name wins, others stay frozen.
+
+        Each is drawn from its own generator, made of the seed and its name, so what one layer starts from does not
+        depend on which others are trained.
+
+        Raises:
+            UserError: no layer matches, or a rank is larger than a layer can use.
+        """
+        shapes = {name: tuple(layer.get_parameter("weight").shape) for name, layer in targets.items()}
+        check_ranks(shapes, rules)
+        adapters: dict[str, Adapter] = {}
+        lr_scales: dict[str, float] = {}
+        for name, rule in match(targets, rules).items():
+            adapter = adapter_class(rule.adapter)(shapes[name], rule.rank, rule.alpha, **rule.options)
+            generator = torch.Generator().manual_seed(derive(seed, f"init/{name}"))
+            adapter.reset(targets[name].get_parameter("weight"), generator)
+            adapters[name], lr_scales[name] = adapter, rule.lr_scale
+        return cls(adapters, targets, lr_scales)
+
+    @classmethod
+    def load(cls, targets: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> "Network":
+        """Make the adapters that a file holds, for exactly these layers; ranks, alphas and types are the file's.
+
+        Raises:
+            UserError: one report of everything that is missing, unexpected or of another shape.
+        """
+        by_name = group_by_module(tensors)
+        adapters: dict[str, Adapter] = {}
+        problems: dict[str, str] = {}
+        for name in sorted(by_name.keys() & targets.keys()):
+            shape = tuple(targets[name].get_parameter("weight").shape)
+            try:
+                adapters[name] = recognise(by_name[name]).from_tensors(shape, by_name[name])
+            except ValueError as error:
+                problems[name] = str(error)
+        missing, unexpected = sorted(targets.keys() - by_name.keys()), sorted(by_name.keys() - targets.keys())
+        if missing or unexpected or problems:
+            raise UserError(_misfit_report(targets, by_name, len(adapters), missing, unexpected, problems))
+        return cls(adapters, targets, dict.fromkeys(adapters, 1.0))
+
+    @property
+    def adapters(self) -> dict[str, Adapter]:
+        """The adapters by saved name, sorted."""
+        return {name: cast(Adapter, child) for name, child in self.named_children()}
+
+    @property
+    def multiplier(self) -> float:
+        """Strength at which every adapter is applied; 0 gives the base model."""
+        return self._multiplier
+
+    @multiplier.setter
+    def multiplier(self, value: float) -> None:
+        self._multiplier = value
+        for adapter in self.adapters.values():
+            adapter.multiplier = value
+
+    def attach(self) -> None:
+        """Let every layer's forward go through its adapter; the layers' own weights are never touched."""
+        assert not self._handles, "the network is attached already"
+        for name, adapter in self.adapters.items():
+            self._handles.append(self._targets[name].register_forward_hook(partial(_adapt_output, adapter)))
+
+    def detach(self) -> None:
+        """Undo `attach`: the base model is bit for bit what it was."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def param_groups(
+        self, *, learning_rate: float, unet_lr: float | None = None, text_encoder_lr: float | None = None
+    ) -> list[dict[str, Any]]:
+        """Return the optimizer's groups (`params`, `lr`, `name`): text encoder, then U-Net, split by lr_scale.
+
+        Raises:
+            UserError: a learning rate is given for a part that has no adapters.
+        """
+        rates = {"text_encoder": text_encoder_lr, "unet": unet_lr}
+        grouped: dict[tuple[str, float], list[nn.Parameter]] = defaultdict(list)
+        for name, adapter in self.adapters.items():
+            grouped[part_of(name), self._lr_scales[name]].extend(adapter.parameters())
+        for part, rate in rates.items():
+            if rate is not None and not any(part == used for used, _ in grouped):
+                raise UserError(f"{part}_lr = {rate} is given, but nothing of the {part} is trained; leave it out.")
+        order = list(PARTS.values())
+        return [
+            {"params": grouped[part, scale], "lr": _first(rates[part], learning_rate) * scale, "name": part}
+            for part, scale in sorted(grouped, key=lambda key: (order.index(key[0]), key[1]))
+        ]
+
+    @torch.no_grad()
+    def delta_norms(self) -> dict[str, float]:
+        """Return the Frobenius norm of every layer's delta, without the multiplier."""
+        norms = [a.delta_norm(self._targets[name].get_parameter("weight")) for name, a in self.adapters.items()]
+        return dict(zip(self.adapters, torch.stack(norms).tolist(), strict=True))
+
+    def clip_norms_(self, limit: float) -> int:
+        """Scale every delta whose norm is above `limit` down to it; return how many were."""
+        too_large = {name: norm for name, norm in self.delta_norms().items() if norm > limit}
+        for name, norm in too_large.items():
+            self.adapters[name].scale_(limit / norm)
+        return len(too_large)
+
+
+def _adapt_output(adapter: Adapter, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    return adapter(layer, args[0], output)
+
+
+def _first(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def part_of(name: str) -> str:
+    """Return the part of the model that a saved name belongs to: `text_encoder` or `unet`."""
+    part = next((part for start, part in PARTS.items() if name.startswith(start)), None)
+    assert part is not None, f"{name} starts with none of {', '.join(PARTS)}"
+    return part
+
+
+def match(names: Iterable[str], rules: Sequence[Rule]) -> dict[str, Rule]:
+    """Return the first rule that matches each name, for the names that one matches, sorted.
+
+    Raises:
+        UserError: no name matches.
+    """
+    names = sorted(names)
+    first = {name: next((rule for rule in rules if fnmatchcase(name, rule.pattern)), None) for name in names}
+    matched = {name: rule for name, rule in first.items() if rule is not None}
+    if not matched:
+        raise UserError(
+            f"no layer matches {' or '.join(repr(rule.pattern) for rule in rules) or 'an empty list of rules'}; "
+            f"layers have names like {_shorten(names)}."
+        )
+    return matched
+
+
+def check_ranks(shapes: Mapping[str, Sequence[int]], rules: Sequence[Rule]) -> None:
+    """Check from the shapes of the layers' weights alone, so before anything is loaded, that every rank fits.
+
+    Raises:
+        UserError: a rank is larger than a layer can use; names the layers and the largest rank that fits all.
+    """
+    matched = match(shapes, rules)
+    largest = {name: adapter_class(rule.adapter).largest_rank(shapes[name]) for name, rule in matched.items()}
+    too_small = [name for name, rule in matched.items() if rule.rank > largest[name]]
+    if too_small:
+        ranks = ", ".join(str(rank) for rank in sorted({matched[name].rank for name in too_small}))
+        layers = [
+            f"{name} (weight {' x '.join(map(str, shapes[name]))}: at most {largest[name]})" for name in too_small
+        ]
+        raise UserError(
+            f"rank {ranks} is larger than {len(too_small)} of {len(matched)} layers can use: {_shorten(layers)}. "
+            f"Give a rank of at most {min(largest[name] for name in too_small)} (--rank)."
+        )
+
+
+def adapter_class(name: str) -> type[Adapter]:
+    """Return the adapter type of that name (a file in lorasmith.adapters, or a dotted module).
+
+    Raises:
+        UserError: there is none.
+    """
+    module = plugins.find("adapters", name)
+    if "ADAPTER" not in vars(module):
+        raise UserError(f"adapter {name!r} does not say which class it is; put ADAPTER = <class> into its module.")
+    return module.ADAPTER
+
+
+def recognise(tensors: Mapping[str, Tensor]) -> type[Adapter]:
+    """Return the adapter type whose tensors these are, by their names.
+
+    Raises:
+        ValueError: of none that is known.
+    """
+    names = set(tensors)
+    for plug in plugins.names("adapters"):
+        kind = adapter_class(plug)
+        if kind.required_names <= names <= kind.required_names | kind.optional_names:
+            return kind
+    raise ValueError(f"the file holds {', '.join(sorted(names))}, which is no complete adapter of a known type")
+
+
+def group_by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Split `<saved name>.<tensor name>` at the first dot."""
+    grouped: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key, tensor in tensors.items():
+        name, _, rest = key.partition(".")
+        grouped[name][rest] = tensor
+    return dict(grouped)
+
+
+def _misfit_report(
+    targets: Mapping[str, nn.Module],
+    by_name: Mapping[str, Mapping[str, Tensor]],
+    num_matched: int,
+    missing: list[str],
+    unexpected: list[str],
+    problems: Mapping[str, str],
+) -> str:
+    """Say in one message everything in which a LoRA file and a model differ."""
+    lines = [f"the LoRA weights do not fit: {num_matched} of the {len(targets)} layers to train match."]
+    if other := _other_family(targets, by_name):
+        lines.append(other)
+    if problems:
+        lines.append(f"{len(problems)} do not fit their layer: {_shorten([f'{n}: {p}' for n, p in problems.items()])}.")
+    if missing:
+        lines.append(f"{len(missing)} are missing from the file: {_shorten(missing)}.")
+    if unexpected:
+        lines.append(f"{len(unexpected)} in the file are not among the layers to train: {_shorten(unexpected)}.")
+    lines.append("Give weights that were trained for this base model and the same parts (--train), or leave them out.")
+    return " ".join(lines)
+
+
+def _other_family(targets: Mapping[str, nn.Module], by_name: Mapping[str, Mapping[str, Tensor]]) -> str:
+    """Say that a file was made for a model with another text width, which is what tells the families apart."""
+    for name in sorted(by_name.keys() & targets.keys()):
+        down = by_name[name].get("lora_down.weight")
+        if name.endswith("attn2_to_k") and down is not None and down.dim() >= 2:
+            theirs, ours = down.shape[1], targets[name].get_parameter("weight").shape[1]
+            if theirs != ours:
+                return f"The file is for {_named_width(theirs)}, the base model is {_named_width(ours)}."
+    return ""
+
+
+def _named_width(width: int) -> str:
+    return f"{_TEXT_WIDTHS.get(width, 'a model')} (text width {width})"
+
+
+def _shorten(items: Sequence[str]) -> str:
+    """List the first few."""
+    rest = len(items) - _NUM_SHOWN
+    return ", ".join(items[:_NUM_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
