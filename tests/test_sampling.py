@@ -1,0 +1,168 @@
+"""Sampling against diffusers' own pipeline, and that a picture depends on nothing but its prompt and seed."""
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
+from torch import Tensor, nn
+
+from lorasmith import sampling
+from lorasmith.diffusion import Discrete
+from lorasmith.errors import UserError
+from lorasmith.sampling import generate
+
+SETTINGS: dict[str, Any] = {"size": (72, 40), "steps": 4, "guidance": 4.0, "negative": "bad"}
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+THEIRS = {  # the schedulers as Stable Diffusion's repositories configure them
+    "dpm++": lambda **options: DPMSolverMultistepScheduler(**BETAS, steps_offset=1, **options),
+    "ddim": lambda **options: DDIMScheduler(
+        **BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1, **options
+    ),
+    "euler": lambda **options: EulerDiscreteScheduler(**BETAS, steps_offset=1, **options),
+}
+
+
+class Miniature(nn.Module):
+    """A latent diffusion model as `lorasmith.models.base` has it, small and random; its text is a hash of the prompt."""
+
+    latent_factor, latent_channels = 8, 4
+
+    def __init__(self, prediction: str) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.denoiser = UNet2DConditionModel(
+                block_out_channels=(16, 16), layers_per_block=1, norm_num_groups=8, cross_attention_dim=12,
+                attention_head_dim=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+                up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            )  # fmt: skip
+            self.vae = AutoencoderKL(
+                block_out_channels=(8, 8, 8, 8), norm_num_groups=4, layers_per_block=1,
+                down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+            )  # fmt: skip
+        betas = THEIRS["ddim"]().betas
+        self.schedule = Discrete(betas, prediction=prediction)
+        self.device = torch.device("cpu")
+
+    def encode_text(self, captions: list[str]) -> dict[str, Tensor]:
+        seeds = [
+            int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=4).digest(), "big") for caption in captions
+        ]
+        return {"text": torch.stack([torch.randn(7, 12, generator=torch.Generator().manual_seed(s)) for s in seeds])}
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.vae.decode(latents / self.vae.config["scaling_factor"]).sample
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        assert x_t.shape[0] == t.shape[0] == cond["text"].shape[0]
+        return self.denoiser(x_t, t, cond["text"]).sample
+
+
+@pytest.fixture(scope="module", params=["epsilon", "v_prediction"])
+def model(request: pytest.FixtureRequest) -> Any:
+    return Miniature(request.param).eval().requires_grad_(False)
+
+
+def difference(a: Any, b: Any) -> int:
+    """Largest difference in grey levels."""
+    return int(np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int)).max())
+
+
+@pytest.mark.parametrize("sampler", THEIRS)
+@pytest.mark.parametrize("guidance", [4.0, 1.0])
+def test_the_same_picture_as_diffusers_pipeline(model: Any, sampler: str, guidance: float) -> None:
+    pipeline = StableDiffusionPipeline(
+        vae=model.vae, unet=model.denoiser, text_encoder=None, tokenizer=None, safety_checker=None,
+        feature_extractor=None, scheduler=THEIRS[sampler](prediction_type=model.schedule.prediction),
+        requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    prompts, seeds = ["a cat", "a dog"], [3, 4]
+    theirs = pipeline(
+        prompt_embeds=model.encode_text(prompts)["text"],
+        negative_prompt_embeds=model.encode_text(["bad", "bad"])["text"],
+        width=72, height=40, num_inference_steps=4, guidance_scale=guidance,
+        latents=torch.cat([torch.randn(1, 4, 5, 9, generator=torch.Generator().manual_seed(s)) for s in seeds]),
+    ).images  # fmt: skip
+    ours = generate(model, prompts, seeds=seeds, sampler=sampler, **{**SETTINGS, "guidance": guidance})
+    assert [picture.size for picture in ours] == [(72, 40)] * 2
+    assert max(map(difference, ours, theirs)) <= 1
+    assert difference(ours[0], ours[1]) > 5
+
+
+@pytest.mark.parametrize("sampler", THEIRS)
+def test_batch_size_and_company_change_no_picture(model: Any, sampler: str) -> None:
+    prompts, seeds = ["a cat", "a dog", "a bird"], [3, 4, 5]
+    one_by_one = generate(model, prompts, seeds=seeds, sampler=sampler, **SETTINGS)
+    together = generate(model, prompts, seeds=seeds, sampler=sampler, batch_size=2, **SETTINGS)
+    alone = generate(model, prompts[2:], seeds=seeds[2:], sampler=sampler, **SETTINGS)
+    assert max(map(difference, one_by_one, together)) <= 1
+    assert difference(alone[0], one_by_one[2]) == 0
+
+
+def test_prompt_seed_guidance_and_negative_all_matter(model: Any) -> None:
+    def draw(prompt: str = "a cat", seed: int = 3, **changed: Any) -> Any:
+        return generate(model, [prompt], seeds=[seed], **{**SETTINGS, **changed})[0]
+
+    base = draw()
+    assert difference(base, draw()) == 0
+    assert all(difference(base, other) > 0 for other in (draw("a dog"), draw(seed=4), draw(guidance=9.0)))
+    assert difference(base, draw(negative="blurred")) > 0
+    assert difference(draw(guidance=1.0), draw(guidance=1.0, negative="blurred")) == 0
+
+
+def test_the_global_generator_is_neither_used_nor_changed(model: Any) -> None:
+    first = generate(model, ["a cat"], seeds=[3], **SETTINGS)[0]
+    torch.manual_seed(99)
+    state = torch.get_rng_state()
+    second = generate(model, ["a cat"], seeds=[3], **SETTINGS)[0]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert difference(first, second) == 0
+
+
+def test_progress_counts_steps_over_all_batches(model: Any) -> None:
+    calls: list[tuple[int, int]] = []
+    generate(
+        model, ["a", "b", "c"], seeds=[1, 2, 3], batch_size=2, progress=lambda *call: calls.append(call), **SETTINGS
+    )
+    assert calls == [(done, 8) for done in range(1, 9)]
+
+
+def test_no_graph_is_kept(model: Any) -> None:
+    model.requires_grad_(True)
+    seen: list[bool] = []
+    handle = model.denoiser.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    generate(model, ["a"], seeds=[1], **SETTINGS)
+    handle.remove()
+    model.requires_grad_(False)
+    assert seen == [False] * 4 and torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"size": (60, 40)}, "60x40 cannot be drawn; both sides must be multiples of 8"),
+        ({"size": (64, 0)}, "64x0 cannot be drawn"),
+        ({"steps": 0}, "0 sampler steps; give 1 to 1000"),
+        ({"steps": 1001}, "1001 sampler steps"),
+        ({"sampler": "eular"}, r"no sampler named 'eular'; there are: dpm\+\+, ddim, euler"),
+    ],
+)
+def test_settings_that_cannot_be(model: Any, changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        generate(model, ["a"], seeds=[1], **{**SETTINGS, **changed})
+
+
+def test_pixels_become_grey_levels() -> None:
+    pixels = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]).expand(3, 2, 5)
+    picture = sampling.to_picture(pixels)
+    assert picture.mode == "RGB" and picture.size == (5, 2)
+    assert np.asarray(picture)[1, :, 2].tolist() == [0, 0, 128, 255, 255]
