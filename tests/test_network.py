@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 
 from lorasmith.errors import UserError
@@ -26,6 +27,69 @@ def make_random(targets: dict[str, Any], seed: int = 0) -> Network:
         for parameter in network.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
     return network
+
+
+def make_unet() -> Any:
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, cross_attention_dim=12,
+        attention_head_dim=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
+    return unet.requires_grad_(False)
+
+
+def unet_targets(unet: Any) -> dict[str, Any]:
+    """Every Linear and every convolution: 1x1, 3x3 and strided."""
+    layers = ((name, layer) for name, layer in unet.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d)))
+    return {f"lora_unet_{name.replace('.', '_')}": layer for name, layer in layers}
+
+
+def unet_inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    text = torch.randn(2, 5, 12, generator=generator)
+    return torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([3, 700]), text
+
+
+def test_a_whole_unet_attached_equals_merged_and_detaching_restores_it() -> None:
+    unet = make_unet()
+    targets = unet_targets(unet)
+    network = Network.create(targets, [Rule(rank=2)], seed=1)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)) * 0.05)
+    network.multiplier = 0.8
+    before, weights = unet(*unet_inputs()).sample, {key: value.clone() for key, value in unet.state_dict().items()}
+    network.attach()
+    attached = unet(*unet_inputs()).sample.detach()
+    network.detach()
+    assert torch.equal(unet(*unet_inputs()).sample, before)
+    assert list(unet.state_dict()) == list(weights)
+    assert all(torch.equal(value, weights[key]) for key, value in unet.state_dict().items())
+    with torch.no_grad():
+        for name, adapter in network.adapters.items():
+            targets[name].weight += 0.8 * adapter.delta(targets[name].weight)
+    torch.testing.assert_close(unet(*unet_inputs()).sample, attached, atol=1e-4, rtol=1e-4)
+    assert (attached - before).abs().max() > 0.05
+
+
+def test_a_whole_unet_has_the_same_gradients_with_gradient_checkpointing() -> None:
+    unet = make_unet().train()
+    network = Network.create(unet_targets(unet), [Rule(rank=2)], seed=1)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.01)
+    network.attach()
+
+    def gradients() -> list[torch.Tensor]:
+        loss = unet(*unet_inputs()).sample.square().mean()
+        return list(torch.autograd.grad(loss, list(network.parameters())))
+
+    plain = gradients()
+    unet.enable_gradient_checkpointing()
+    assert unet.is_gradient_checkpointing
+    assert all(torch.equal(a, b) for a, b in zip(plain, gradients(), strict=True))
+    assert all(gradient.abs().max() > 0 for gradient in plain)
 
 
 def test_state_dict_is_the_file_sorted_whatever_the_order_of_targets() -> None:

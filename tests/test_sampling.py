@@ -39,12 +39,12 @@ class Miniature(nn.Module):
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            self.denoiser = UNet2DConditionModel(
+            self.denoiser: Any = UNet2DConditionModel(
                 block_out_channels=(16, 16), layers_per_block=1, norm_num_groups=8, cross_attention_dim=12,
                 attention_head_dim=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
                 up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
             )  # fmt: skip
-            self.vae = AutoencoderKL(
+            self.vae: Any = AutoencoderKL(
                 block_out_channels=(8, 8, 8, 8), norm_num_groups=4, layers_per_block=1,
                 down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
             )  # fmt: skip
@@ -79,7 +79,8 @@ def difference(a: Any, b: Any) -> int:
 @pytest.mark.parametrize("sampler", THEIRS)
 @pytest.mark.parametrize("guidance", [4.0, 1.0])
 def test_the_same_picture_as_diffusers_pipeline(model: Any, sampler: str, guidance: float) -> None:
-    pipeline = StableDiffusionPipeline(
+    make_pipeline: Any = StableDiffusionPipeline
+    pipeline = make_pipeline(
         vae=model.vae, unet=model.denoiser, text_encoder=None, tokenizer=None, safety_checker=None,
         feature_extractor=None, scheduler=THEIRS[sampler](prediction_type=model.schedule.prediction),
         requires_safety_checker=False,
