@@ -169,6 +169,4 @@ def test_the_figures_of_an_epoch() -> None:
 @pytest.mark.parametrize("records", [[], make_records([], [1, 2])])
 def test_nothing_to_train_on_is_an_error(records: list[ImageRecord]) -> None:
     with pytest.raises(UserError, match="no pictures to train on"):
-        build_plan(
-            records, [SHAPES[0]] * len(records), batch_size=1, num_processes=1, gradient_accumulation=1, seed=0
-        )
+        build_plan(records, [SHAPES[0]] * len(records), batch_size=1, num_processes=1, gradient_accumulation=1, seed=0)
