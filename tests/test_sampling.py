@@ -44,7 +44,8 @@ class Miniature(nn.Module):
                 attention_head_dim=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
                 up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
             )  # fmt: skip
-            self.vae: Any = AutoencoderKL(
+            make_vae: Any = AutoencoderKL
+            self.vae: Any = make_vae(
                 block_out_channels=(8, 8, 8, 8), norm_num_groups=4, layers_per_block=1,
                 down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
             )  # fmt: skip
