@@ -5,6 +5,7 @@ not an hour later. Only plain picture formats are decoded, whatever a file's nam
 renamed EPS to Ghostscript.
 """
 
+import difflib
 import hashlib
 import os
 import random
@@ -72,6 +73,25 @@ def pictures_in(folder: Path) -> list[Path]:
 def foreign_pictures_in(folder: Path) -> list[Path]:
     """Return the files directly in a folder that are pictures of kinds which are not read, such as HEIC."""
     return [path for path in _visible_files(folder) if path.suffix.lower() in _FOREIGN - extensions()]
+
+
+def require_folder(folder: Path) -> None:
+    """Check that a folder of pictures is there and can be listed.
+
+    Raises:
+        UserError: it is missing (a folder with a like name is suggested), a file, or not readable.
+    """
+    if folder.is_file():
+        raise UserError(f"{folder} is a file, but a folder of pictures is expected; give the folder it lies in.")
+    if not folder.is_dir():
+        beside = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
+        near = difflib.get_close_matches(folder.name, beside, n=1)
+        hint = f"did you mean {folder.parent / near[0]}?" if near else "check the path."
+        raise UserError(f"there is no folder {folder}; {hint}")
+    try:
+        next(folder.iterdir(), None)
+    except OSError as error:
+        raise UserError(f"the folder {folder} cannot be listed ({error.strerror}); check its permissions.") from error
 
 
 def _visible_files(folder: Path) -> list[Path]:

@@ -1,0 +1,107 @@
+"""Captions in text files beside the pictures: found and read, and all that is wrong with any of them said at once."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lorasmith.errors import UserError
+
+DEFAULT_EXTENSIONS = (".caption", ".txt")
+
+
+@dataclass
+class CaptionFiles:
+    """The caption files of one folder's pictures.
+
+    files: picture -> its file, first lines: picture -> its caption. The other lists are for errors and for the plan.
+    """
+
+    files: dict[Path, Path] = field(default_factory=dict)
+    first_lines: dict[Path, str] = field(default_factory=dict)
+    wrong_encoding: list[Path] = field(default_factory=list)
+    empty: list[Path] = field(default_factory=list)
+    several_lines: list[Path] = field(default_factory=list)
+    unused: list[Path] = field(default_factory=list)
+
+
+def accepted_extensions(given: str | None) -> tuple[str, ...]:
+    """Return the extensions of caption files in order of preference: the given one (with or without a dot), or both."""
+    return DEFAULT_EXTENSIONS if given is None else ("." + given.lstrip(".").lower(),)
+
+
+def read_caption_files(folder: Path, pictures: Sequence[Path], accepted: Sequence[str]) -> CaptionFiles:
+    """Return the first line of the text file beside each picture that has one; extensions in either case."""
+    found = CaptionFiles()
+    known = {*DEFAULT_EXTENSIONS, *accepted}
+    beside = {
+        (path.stem, path.suffix.lower()): path
+        for path in sorted(folder.iterdir(), key=lambda path: path.name)
+        if path.suffix.lower() in known and path.is_file() and not path.name.startswith(".")
+    }
+    for picture in pictures:
+        keys = ((picture.stem, extension) for extension in accepted)
+        file = next((beside[key] for key in keys if key in beside), None)
+        if file is not None:
+            found.files[picture] = file
+    for file in dict.fromkeys(found.files.values()):  # once, also where a.jpg and a.png share it
+        line = _first_line(file, found)
+        found.first_lines |= {picture: line for picture, its_file in found.files.items() if its_file == file}
+    used = set(found.files.values())
+    found.unused = [path for path in beside.values() if path not in used]
+    return found
+
+
+def _first_line(file: Path, found: CaptionFiles) -> str:
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:  # UTF-16 without a mark decodes as UTF-8, with a zero after every letter
+        found.wrong_encoding.append(file)
+        return ""
+    first, *rest = re.split(r"\r\n|\r|\n", text)
+    if not first.strip():
+        found.empty.append(file)
+    elif any(line.strip() for line in rest):
+        found.several_lines.append(file)
+    return first.strip()
+
+
+def caption_problems(all_found: Iterable[CaptionFiles]) -> list[str]:
+    """Return a paragraph for each kind of mistake in caption files, naming all files and the fix."""
+    together = list(all_found)
+    wrong_encoding = [file for found in together for file in found.wrong_encoding]
+    empty = [file for found in together for file in found.empty]
+    problems = []
+    if wrong_encoding:
+        problems.append(
+            f"{len(wrong_encoding)} caption files are not UTF-8; save them again as UTF-8 (Notepad: Save as, Encoding: "
+            f"UTF-8; elsewhere: iconv -t UTF-8):{listed(wrong_encoding)}"
+        )
+    if empty:
+        problems.append(
+            f"{len(empty)} caption files have an empty first line; write the caption there, or delete the file to use "
+            f"the default caption:{listed(empty)}"
+        )
+    return problems
+
+
+def uncaptioned_problem(pictures: Sequence[Path], accepted: Sequence[str], *, is_prior: bool) -> str:
+    """Return a paragraph that names the pictures without any caption, and the ways to give them one."""
+    option = "" if is_prior else ', or give --caption "your words" for all of them'
+    return (
+        f"{len(pictures)} pictures have no caption; write a file beside each, with the same name and the extension "
+        f"{' or '.join(accepted)}{option}, or name their folder `1_your words`:{listed(pictures)}"
+    )
+
+
+def refuse(problems: Sequence[str]) -> None:
+    """Raise all problems as one UserError, if there are any."""
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def listed(paths: Iterable[Path]) -> str:
+    """Return the paths, each on a line of its own, to stand at the end of a message."""
+    return "".join(f"\n  {path}" for path in paths)

@@ -1,0 +1,212 @@
+"""Pictures in folders, with their captions in files beside them: the DreamBooth method, or just a folder.
+
+Three layouts are understood: a folder of `N_identifier class` folders, one such folder itself, and a plain folder of
+pictures. In the first two, N is the number of repeats and the rest of the name is the caption of pictures without one.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorasmith.data.caption_files import (
+    CaptionFiles,
+    accepted_extensions,
+    caption_problems,
+    read_caption_files,
+    refuse,
+    uncaptioned_problem,
+)
+from lorasmith.data.images import extensions, foreign_pictures_in, pictures_in, probe_all, require_folder
+from lorasmith.data.records import ImageRecord, Scan
+from lorasmith.errors import UserError
+
+_DREAMBOOTH_NAME = re.compile(r"(\d*[1-9]\d*)_(.*\S.*)")
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A folder whose pictures are used; `fallback` is the caption of those without one, None if there is no such."""
+
+    folder: Path
+    name: str
+    repeats: int
+    fallback: str | None
+    is_dreambooth: bool
+    pictures: list[Path]
+
+
+def scan(
+    folder: Path,
+    *,
+    caption: str | None = None,
+    caption_extension: str | None = None,
+    repeats: int = 1,
+    is_prior: bool = False,
+    skip_unreadable: bool = False,
+) -> Scan:
+    """Return the pictures of a folder in any of the three layouts, sorted by folder and name, each decoded once.
+
+    Args:
+        caption: for pictures in a plain folder that have no caption file.
+        caption_extension: look for caption files with this extension only, instead of `.caption` and then `.txt`.
+        repeats: for a plain folder; elsewhere the folders' names say it.
+        is_prior: these are regularization pictures.
+
+    Raises:
+        UserError: no such folder, no pictures (says where there are some), unreadable pictures, caption files that are
+            empty or not UTF-8, pictures without any caption.
+    """
+    require_folder(folder)
+    parts, notes = _find_parts(folder, caption, repeats)
+    if not any(part.pictures for part in parts):
+        raise UserError(_nothing_found(folder))
+    accepted = accepted_extensions(caption_extension)
+    captions = [read_caption_files(part.folder, part.pictures, accepted) for part in parts]
+    _refuse_bad_captions(parts, captions, accepted, is_prior=is_prior)
+    probed, probe_notes = probe_all(
+        [picture for part in parts for picture in part.pictures], skip_unreadable=skip_unreadable
+    )
+    records = []
+    for part, found in zip(parts, captions, strict=True):
+        for picture in part.pictures:
+            if picture in probed:
+                size, content_hash = probed[picture]
+                text = found.first_lines.get(picture, part.fallback or "")
+                records.append(ImageRecord(picture, text, size, part.repeats, is_prior, part.name, content_hash))
+        notes += _part_notes(part, found)
+    return Scan(records, notes + probe_notes + _unused_option_notes(parts, captions, caption, repeats))
+
+
+def _find_parts(folder: Path, caption: str | None, repeats: int) -> tuple[list[_Part], list[str]]:
+    """Return the folders to use, and notes on what is left aside."""
+    name, direct, subfolders = folder.resolve().name, pictures_in(folder), _subfolders(folder)
+    own = _DREAMBOOTH_NAME.fullmatch(name)
+    named = {path: match for path in subfolders if (match := _DREAMBOOTH_NAME.fullmatch(path.name))}
+    if any(pictures_in(path) for path in named) and not (own and direct):
+        parts = [_dreambooth_part(path, path.name, match) for path, match in named.items()]
+        return parts, _parent_notes(folder, direct, [path for path in subfolders if path not in named])
+    aside = {path: pictures_in(path) for path in subfolders} if direct else {}
+    notes = [f"{path.name}: {_count(found)} in this subfolder are not used" for path, found in aside.items() if found]
+    if own:
+        return [_dreambooth_part(folder, name, own)], notes
+    return [_Part(folder, name, repeats, caption, False, direct)], notes
+
+
+def _dreambooth_part(folder: Path, name: str, match: re.Match[str]) -> _Part:
+    return _Part(folder, name, int(match[1]), match[2].strip(), True, pictures_in(folder))
+
+
+def _parent_notes(folder: Path, direct: Sequence[Path], unnamed: Sequence[Path]) -> list[str]:
+    """Say which pictures in a parent of DreamBooth folders are not used."""
+    notes = [
+        f"{path.name}: {_count(pictures)} are not used, for the name is not `N_identifier class` with N from 1"
+        for path in unnamed
+        if (pictures := pictures_in(path))
+    ]
+    if direct:
+        notes.append(
+            f"{_count(direct)} directly in {folder} are not used ({_some(direct)}): where there are `N_identifier "
+            "class` folders only those count; move the pictures into one"
+        )
+    return notes
+
+
+def _refuse_bad_captions(
+    parts: Sequence[_Part], captions: Sequence[CaptionFiles], accepted: Sequence[str], *, is_prior: bool
+) -> None:
+    problems = caption_problems(captions)
+    uncaptioned = [
+        picture
+        for part, found in zip(parts, captions, strict=True)
+        for picture in part.pictures
+        if part.fallback is None and picture not in found.files
+    ]
+    if uncaptioned:
+        problems.append(uncaptioned_problem(uncaptioned, accepted, is_prior=is_prior))
+    refuse(problems)
+
+
+def _part_notes(part: _Part, captions: CaptionFiles) -> list[str]:
+    """Say what is used of a folder, and what in it might be a mistake."""
+    notes = [_part_summary(part, captions)]
+    foreign = foreign_pictures_in(part.folder)
+    if foreign:
+        notes.append(
+            f"{part.name}: {_count(foreign)} of a kind that is not read ({_some(foreign)}); make them JPEG or PNG"
+        )
+    if captions.several_lines:
+        files = captions.several_lines
+        notes.append(f"{part.name}: of {len(files)} caption files only the first line is used ({_some(files)})")
+    if captions.unused:
+        notes.append(f"{part.name}: {len(captions.unused)} text files are not used ({_some(captions.unused)})")
+    return notes
+
+
+def _part_summary(part: _Part, captions: CaptionFiles) -> str:
+    if not part.pictures:
+        return f"{part.name}: holds no pictures"
+    num_files, num_pictures = len(captions.files), len(part.pictures)
+    used = []
+    if num_files:
+        kinds = sorted({file.suffix for file in captions.files.values()})
+        used.append(f"{num_files} captions from {' and '.join(kinds)} files")
+    if num_files < num_pictures:
+        origin = "the folder's name" if part.is_dreambooth else "the default"
+        used.append(f'{num_pictures - num_files} captions from {origin}, "{part.fallback}"')
+    times = "once" if part.repeats == 1 else f"{part.repeats} times"
+    return f"{part.name}: {_count(part.pictures)}, each {times} an epoch; {', '.join(used)}"
+
+
+def _unused_option_notes(
+    parts: Sequence[_Part], captions: Sequence[CaptionFiles], caption: str | None, repeats: int
+) -> list[str]:
+    """Say so when an option that was given changes nothing."""
+    is_dreambooth, notes = parts[0].is_dreambooth, []
+    has_all_files = all(len(found.files) == len(part.pictures) for part, found in zip(parts, captions, strict=True))
+    if caption is not None and (is_dreambooth or has_all_files):
+        notes.append(f'caption = "{caption}" is not used: every picture has one of its own or of its folder\'s name')
+    if repeats != 1 and is_dreambooth:
+        notes.append(f"repeats = {repeats} is not used: the folders' names say how often their pictures count")
+    return notes
+
+
+def _nothing_found(folder: Path) -> str:
+    """Say that there are no pictures, and where there are some."""
+    foreign = foreign_pictures_in(folder)
+    near = {path: _num_pictures(path) for path in [*_subfolders(folder), folder.resolve().parent]}
+    places = [f"{path} holds {number}" for path, number in near.items() if number]
+    if foreign:
+        advice = f"{_some(foreign)}: pictures of a kind that is not read; make them JPEG or PNG."
+    elif places:
+        advice = f"{'; '.join(places)}: give that folder instead, if it is the one that you mean."
+    else:
+        advice = "nor are there any one level up or down; check the path."
+    looked_for = " ".join(sorted(extensions()))
+    return (
+        f"no pictures found in {folder}, neither directly nor in folders named `N_identifier class` "
+        f"(looked for {looked_for}); {advice}"
+    )
+
+
+def _num_pictures(folder: Path) -> int:
+    """Return how many pictures would be used if this folder were given."""
+    try:
+        named = [path for path in _subfolders(folder) if _DREAMBOOTH_NAME.fullmatch(path.name)]
+        return sum(len(pictures_in(path)) for path in named) or len(pictures_in(folder))
+    except OSError:  # it may not be listed: then it is not the one that was meant
+        return 0
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: path.name)
+
+
+def _count(pictures: Iterable[Path]) -> str:
+    number = len(list(pictures))
+    return f"{number} picture{'' if number == 1 else 's'}"
+
+
+def _some(paths: Sequence[Path]) -> str:
+    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+    return ", ".join(path.name for path in paths[:3]) + more
