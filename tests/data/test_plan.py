@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -97,7 +98,7 @@ def test_n_processes_of_batch_1_are_one_of_batch_n(plan: Plan, n: int, step: int
 @given(plans(), st.permutations(range(12)))
 def test_a_step_depends_on_nothing_but_its_number(plan: Plan, order: list[int]) -> None:
     in_order = {step: of_all_processes(plan, step) for step in range(12)}
-    twin = Plan(**vars(plan))
+    twin = replace(plan)
     assert {step: of_all_processes(twin, step) for step in order} == in_order
 
 

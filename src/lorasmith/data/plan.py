@@ -9,7 +9,7 @@ meet in the same step whether there is one process with batch 2 or two processes
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from lorasmith.data.buckets import Size
 from lorasmith.data.records import ImageRecord
@@ -58,12 +58,12 @@ class Plan:
         """Samples that all processes work on at once."""
         return self.batch_size * self.num_processes
 
-    @property
+    @cached_property
     def num_samples_per_epoch(self) -> int:
         """Samples in one pass over the data."""
         return sum(self.repeats)
 
-    @property
+    @cached_property
     def units_per_epoch(self) -> int:
         """Units in one pass over the data: for each shape, its samples / unit_size, rounded up."""
         return sum(-(-count // self.unit_size) for count in self.samples_per_shape().values())
