@@ -158,6 +158,7 @@ def test_rank_too_large_is_told_from_shapes_alone() -> None:
 def test_a_file_makes_the_same_network_again() -> None:
     targets = make_targets()
     network = make_random(targets)
+    Network.check({name: tuple(layer.weight.shape) for name, layer in targets.items()}, network.state_dict())
     loaded = Network.load(targets, network.state_dict())
     assert loaded.state_dict().keys() == network.state_dict().keys()
     assert all(torch.equal(loaded.state_dict()[key], value) for key, value in network.state_dict().items())
@@ -182,6 +183,9 @@ def test_one_report_of_everything_that_does_not_fit() -> None:
     with pytest.raises(UserError) as caught:
         Network.load(targets, tensors)
     message = str(caught.value)
+    with pytest.raises(UserError) as caught_before_loading:
+        Network.check({name: tuple(layer.weight.shape) for name, layer in targets.items()}, tensors)
+    assert str(caught_before_loading.value) == message
     assert "0 of the 3 layers to train match" in message
     assert f"1 are missing from the file: {TE}" in message
     assert f"1 in the file are not among the layers to train: {TE.replace('fc1', 'fc9')}" in message

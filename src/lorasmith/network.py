@@ -60,7 +60,7 @@ class Network(nn.Module):
         Raises:
             UserError: no layer matches, or a rank is larger than a layer can use.
         """
-        shapes = {name: tuple(layer.get_parameter("weight").shape) for name, layer in targets.items()}
+        shapes = _shapes(targets)
         check_ranks(shapes, rules)
         adapters: dict[str, Adapter] = {}
         lr_scales: dict[str, float] = {}
@@ -78,19 +78,17 @@ class Network(nn.Module):
         Raises:
             UserError: one report of everything that is missing, unexpected or of another shape.
         """
-        by_name = group_by_module(tensors)
-        adapters: dict[str, Adapter] = {}
-        problems: dict[str, str] = {}
-        for name in sorted(by_name.keys() & targets.keys()):
-            shape = tuple(targets[name].get_parameter("weight").shape)
-            try:
-                adapters[name] = recognise(by_name[name]).from_tensors(shape, by_name[name])
-            except ValueError as error:
-                problems[name] = str(error)
-        missing, unexpected = sorted(targets.keys() - by_name.keys()), sorted(by_name.keys() - targets.keys())
-        if missing or unexpected or problems:
-            raise UserError(_misfit_report(targets, by_name, len(adapters), missing, unexpected, problems))
+        adapters = _adapters_of_file(_shapes(targets), tensors)
         return cls(adapters, targets, dict.fromkeys(adapters, 1.0))
+
+    @staticmethod
+    def check(shapes: Mapping[str, Sequence[int]], tensors: Mapping[str, Tensor]) -> None:
+        """Check from the shapes of the layers' weights alone, so before anything is loaded, that `load` will work.
+
+        Raises:
+            UserError: one report of everything that is missing, unexpected or of another shape.
+        """
+        _adapters_of_file(shapes, tensors)
 
     @property
     def adapters(self) -> dict[str, Adapter]:
@@ -242,8 +240,28 @@ def group_by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor
     return dict(grouped)
 
 
+def _shapes(targets: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(layer.get_parameter("weight").shape) for name, layer in targets.items()}
+
+
+def _adapters_of_file(shapes: Mapping[str, Sequence[int]], tensors: Mapping[str, Tensor]) -> dict[str, Adapter]:
+    """Build an adapter for every one of the layers from a file that holds no others."""
+    by_name = group_by_module(tensors)
+    adapters: dict[str, Adapter] = {}
+    problems: dict[str, str] = {}
+    for name in sorted(by_name.keys() & shapes.keys()):
+        try:
+            adapters[name] = recognise(by_name[name]).from_tensors(shapes[name], by_name[name])
+        except ValueError as error:
+            problems[name] = str(error)
+    missing, unexpected = sorted(shapes.keys() - by_name.keys()), sorted(by_name.keys() - shapes.keys())
+    if missing or unexpected or problems:
+        raise UserError(_misfit_report(shapes, by_name, len(adapters), missing, unexpected, problems))
+    return adapters
+
+
 def _misfit_report(
-    targets: Mapping[str, nn.Module],
+    shapes: Mapping[str, Sequence[int]],
     by_name: Mapping[str, Mapping[str, Tensor]],
     num_matched: int,
     missing: list[str],
@@ -251,8 +269,8 @@ def _misfit_report(
     problems: Mapping[str, str],
 ) -> str:
     """Say in one message everything in which a LoRA file and a model differ."""
-    lines = [f"the LoRA weights do not fit: {num_matched} of the {len(targets)} layers to train match."]
-    if other := _other_family(targets, by_name):
+    lines = [f"the LoRA weights do not fit: {num_matched} of the {len(shapes)} layers to train match."]
+    if other := _other_family(shapes, by_name):
         lines.append(other)
     if problems:
         lines.append(f"{len(problems)} do not fit their layer: {_shorten([f'{n}: {p}' for n, p in problems.items()])}.")
@@ -264,12 +282,12 @@ def _misfit_report(
     return " ".join(lines)
 
 
-def _other_family(targets: Mapping[str, nn.Module], by_name: Mapping[str, Mapping[str, Tensor]]) -> str:
+def _other_family(shapes: Mapping[str, Sequence[int]], by_name: Mapping[str, Mapping[str, Tensor]]) -> str:
     """Say that a file was made for a model with another text width, which is what tells the families apart."""
-    for name in sorted(by_name.keys() & targets.keys()):
+    for name in sorted(by_name.keys() & shapes.keys()):
         down = by_name[name].get("lora_down.weight")
         if name.endswith("attn2_to_k") and down is not None and down.dim() >= 2:
-            theirs, ours = down.shape[1], targets[name].get_parameter("weight").shape[1]
+            theirs, ours = down.shape[1], shapes[name][1]
             if theirs != ours:
                 return f"The file is for {_named_width(theirs)}, the base model is {_named_width(ours)}."
     return ""
