@@ -62,6 +62,11 @@ def test_assigned_as_sd_scripts_does(size: tuple[int, int]) -> None:
     assert assign(size, shapes) == expected
 
 
+def test_its_own_size_comes_before_another_of_the_same_ratio() -> None:
+    assert assign((128, 64), [(64, 32), (128, 64)]) == (128, 64)
+    assert assign((192, 96), [(64, 32), (128, 64)]) == (64, 32)
+
+
 def test_a_picture_of_a_buckets_size_stays_as_it_is() -> None:
     shapes = bucket_shapes((512, 512), 256, 1024, 64)
     assert (768, 320) in shapes and (640, 384) in shapes

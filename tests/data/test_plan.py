@@ -1,5 +1,6 @@
 """The plan: what must hold for any records, shapes and batch sizes."""
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -115,6 +116,24 @@ def test_the_seed_and_the_epoch_change_the_order(seed: int, other: int) -> None:
     assert order(seed, 0) == order(seed, 0)
     assert order(seed, 0) != order(seed, 1)
     assert (order(seed, 0) == order(other, 0)) == (seed == other)
+
+
+def test_shapes_are_mixed_and_neighbours_change_from_epoch_to_epoch() -> None:
+    plan = build_plan(
+        make_records([1] * 40),
+        [SHAPES[0]] * 20 + [SHAPES[1]] * 20,
+        batch_size=2,
+        num_processes=1,
+        gradient_accumulation=1,
+        seed=0,
+    )
+    shapes = [plan.step(step, 0)[0].shape for step in range(20)]
+    assert sum(a != b for a, b in itertools.pairwise(shapes)) > 3
+    pairs = [
+        {frozenset(sample.record for sample in all_real(plan, step)) for step in range(first, first + 20)}
+        for first in (0, 20)
+    ]
+    assert len(pairs[0] & pairs[1]) < 8
 
 
 def sd_scripts_balance(num_train: int, reg_repeats: list[int]) -> list[int]:

@@ -44,7 +44,7 @@ class Batch:
     latents: (B, C, H/f, W/f), drawn from cached posteriors; else None. pixels: (B, 3, H, W) in [-1, 1]; else None.
     posterior_noise, noise: (B, C, H/f, W/f), standard normal. t: (B,), what the model calls time.
     weight: (B,), of each sample's loss; 0 for padding. count: samples of the whole global step, over all processes
-    and micro-batches and without padding: the sum of weight * loss over all of them, divided by it, is the step's mean loss.
+    and micro-batches, without padding; the sum of weight * loss over all of them, divided by it, is the step's mean.
     """
 
     latents: Tensor | None
