@@ -117,7 +117,7 @@ class Dataset:
         count = self._plan.num_samples(step)
         return [self._build(micro_batch, step, count) for micro_batch in self._plan.step(step, process_index)]
 
-    def prefetch(self, steps: Iterable[int], *, process_index: int = 0, workers: int = 0) -> Iterator[list[Batch]]:
+    def prefetch(self, steps: Iterable[int], process_index: int = 0, workers: int = 0) -> Iterator[list[Batch]]:
         """Yield the batches of these steps in order, prepared ahead by `workers` threads; their number changes nothing.
 
         Errors come out where the batch would have.

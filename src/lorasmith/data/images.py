@@ -139,7 +139,8 @@ def probe_all(paths: Sequence[Path], *, skip_unreadable: bool) -> tuple[dict[Pat
         raise UserError(
             f"{len(errors)} of {len(paths)} pictures cannot be read; repair or remove them, {advice}:{listed}"
         )
-    return probed, [f"{len(errors)} unreadable pictures are left out:{listed}"]
+    reasons = "; ".join(map(str, errors))
+    return probed, [f"left out because they cannot be read ({len(errors)} of {len(paths)}): {reasons}"]
 
 
 def _probe_or_error(path: Path) -> tuple[Size, str] | UnreadablePicture:

@@ -30,9 +30,9 @@ def test_a_parent_of_dreambooth_folders(tmp_path: Path, picture: MakePicture) ->
     record = result.records[0]
     assert (record.size, record.is_prior) == ((12, 8), False)
     assert record.content_hash == hashlib.sha256(record.path.read_bytes()).hexdigest()
-    assert has_note(result, "10_sks dog: 2 pictures, each 10 times", "1 captions from .txt files", '"sks dog"')
+    assert has_note(result, "10_sks dog: 2 pictures, each 10 times", "1 caption from .txt files", '"sks dog"')
     assert has_note(
-        result, "3_cat_of_mine: 1 picture, each 3 times", '1 captions from the folder\'s name, "cat_of_mine"'
+        result, "3_cat_of_mine: 1 picture, each 3 times", '1 caption from the folder\'s name, "cat_of_mine"'
     )
 
 
@@ -50,7 +50,7 @@ def test_a_leaf_keeps_to_its_own_pictures(picture: MakePicture) -> None:
     picture("5_dog/1_old/b.png")
     result = scan(folder)
     assert [record.path.name for record in result.records] == ["a.png"]
-    assert has_note(result, "1_old: 1 picture in this subfolder are not used")
+    assert has_note(result, "1_old: 1 picture in this subfolder, not used")
 
 
 def test_a_plain_folder_with_caption_files_and_a_default(tmp_path: Path, picture: MakePicture) -> None:
@@ -61,7 +61,7 @@ def test_a_plain_folder_with_caption_files_and_a_default(tmp_path: Path, picture
         ("a cat", 4, tmp_path.name),
         ("a default", 4, tmp_path.name),
     ]
-    assert has_note(result, "each 4 times", "1 captions from .txt files", '1 captions from the default, "a default"')
+    assert has_note(result, "each 4 times", "1 caption from .txt files", '1 caption from the default, "a default"')
     assert not has_note(result, "not used")
 
 
@@ -99,8 +99,8 @@ def test_what_is_left_aside_is_said(tmp_path: Path, picture: MakePicture) -> Non
         ["0_none: 1 picture", "N from 1"],
         ["2_empty: holds no pictures"],
         ["1_dog: 1 picture of a kind that is not read", "photo.HEIC"],
-        ["1_dog: 1 text files are not used", "b.txt"],
-        ["1_dog: of 1 caption files only the first line is used", "a.caption"],
+        ["1_dog: 1 text file not used", "b.txt"],
+        ["1_dog: only the first line is used of 1 caption file ", "a.caption"],
     ):
         assert has_note(result, *parts), parts
 
@@ -109,7 +109,7 @@ def test_a_narrowed_extension_shows_what_it_passes_over(tmp_path: Path, picture:
     picture("1_dog/a.png").with_suffix(".txt").write_text("words")
     result = scan(tmp_path, caption_extension=".caption")
     assert result.records[0].caption == "dog"
-    assert has_note(result, "1 text files are not used", "a.txt")
+    assert has_note(result, "1 text file not used", "a.txt")
 
 
 def test_an_option_that_changes_nothing_is_said(tmp_path: Path, picture: MakePicture) -> None:
@@ -145,7 +145,7 @@ def test_no_pictures_says_where_there_are_some(
 
 def test_no_pictures_anywhere(tmp_path: Path) -> None:
     (tmp_path / "x" / "y").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"looked for .*\.png.*check the path"):
+    with pytest.raises(UserError, match=r"looked for .*.png.*check the path"):
         scan(tmp_path / "x" / "y")
     (tmp_path / "x" / "y" / "a.heic").touch()
     with pytest.raises(UserError, match=r"a\.heic: pictures of a kind that is not read"):
@@ -170,4 +170,4 @@ def test_unreadable_pictures_stop_or_are_left_out(tmp_path: Path, picture: MakeP
         scan(tmp_path)
     result = scan(tmp_path, skip_unreadable=True)
     assert [record.path.name for record in result.records] == ["good.png"]
-    assert has_note(result, "1 unreadable pictures are left out", "bad.png")
+    assert has_note(result, "left out because they cannot be read (1 of 2)", "bad.png")

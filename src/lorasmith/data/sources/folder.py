@@ -5,7 +5,7 @@ pictures. In the first two, N is the number of repeats and the rest of the name 
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from lorasmith.data.caption_files import (
     refuse,
     uncaptioned_problem,
 )
-from lorasmith.data.images import extensions, foreign_pictures_in, pictures_in, probe_all, require_folder
+from lorasmith.data.images import foreign_pictures_in, pictures_in, probe_all, require_folder
 from lorasmith.data.records import ImageRecord, Scan
 from lorasmith.errors import UserError
 
@@ -87,7 +87,7 @@ def _find_parts(folder: Path, caption: str | None, repeats: int) -> tuple[list[_
         parts = [_dreambooth_part(path, path.name, match) for path, match in named.items()]
         return parts, _parent_notes(folder, direct, [path for path in subfolders if path not in named])
     aside = {path: pictures_in(path) for path in subfolders} if direct else {}
-    notes = [f"{path.name}: {_count(found)} in this subfolder are not used" for path, found in aside.items() if found]
+    notes = [f"{path.name}: {_count(found)} in this subfolder, not used" for path, found in aside.items() if found]
     if own:
         return [_dreambooth_part(folder, name, own)], notes
     return [_Part(folder, name, repeats, caption, False, direct)], notes
@@ -100,13 +100,13 @@ def _dreambooth_part(folder: Path, name: str, match: re.Match[str]) -> _Part:
 def _parent_notes(folder: Path, direct: Sequence[Path], unnamed: Sequence[Path]) -> list[str]:
     """Say which pictures in a parent of DreamBooth folders are not used."""
     notes = [
-        f"{path.name}: {_count(pictures)} are not used, for the name is not `N_identifier class` with N from 1"
+        f"{path.name}: {_count(pictures)}, not used, for the name is not `N_identifier class` with N from 1"
         for path in unnamed
         if (pictures := pictures_in(path))
     ]
     if direct:
         notes.append(
-            f"{_count(direct)} directly in {folder} are not used ({_some(direct)}): where there are `N_identifier "
+            f"{_count(direct)} directly in {folder}, not used ({_some(direct)}): where there are `N_identifier "
             "class` folders only those count; move the pictures into one"
         )
     return notes
@@ -137,23 +137,23 @@ def _part_notes(part: _Part, captions: CaptionFiles) -> list[str]:
         )
     if captions.several_lines:
         files = captions.several_lines
-        notes.append(f"{part.name}: of {len(files)} caption files only the first line is used ({_some(files)})")
+        notes.append(f"{part.name}: only the first line is used of {_count(files, 'caption file')} ({_some(files)})")
     if captions.unused:
-        notes.append(f"{part.name}: {len(captions.unused)} text files are not used ({_some(captions.unused)})")
+        notes.append(f"{part.name}: {_count(captions.unused, 'text file')} not used ({_some(captions.unused)})")
     return notes
 
 
 def _part_summary(part: _Part, captions: CaptionFiles) -> str:
     if not part.pictures:
         return f"{part.name}: holds no pictures"
-    num_files, num_pictures = len(captions.files), len(part.pictures)
+    without = [picture for picture in part.pictures if picture not in captions.files]
     used = []
-    if num_files:
+    if captions.files:
         kinds = sorted({file.suffix for file in captions.files.values()})
-        used.append(f"{num_files} captions from {' and '.join(kinds)} files")
-    if num_files < num_pictures:
+        used.append(f"{_count(captions.files, 'caption')} from {' and '.join(kinds)} files")
+    if without:
         origin = "the folder's name" if part.is_dreambooth else "the default"
-        used.append(f'{num_pictures - num_files} captions from {origin}, "{part.fallback}"')
+        used.append(f'{_count(without, "caption")} from {origin}, "{part.fallback}"')
     times = "once" if part.repeats == 1 else f"{part.repeats} times"
     return f"{part.name}: {_count(part.pictures)}, each {times} an epoch; {', '.join(used)}"
 
@@ -182,10 +182,9 @@ def _nothing_found(folder: Path) -> str:
         advice = f"{'; '.join(places)}: give that folder instead, if it is the one that you mean."
     else:
         advice = "nor are there any one level up or down; check the path."
-    looked_for = " ".join(sorted(extensions()))
     return (
         f"no pictures found in {folder}, neither directly nor in folders named `N_identifier class` "
-        f"(looked for {looked_for}); {advice}"
+        f"(looked for .jpg .png .webp .bmp .tif .gif and the like); {advice}"
     )
 
 
@@ -202,9 +201,8 @@ def _subfolders(folder: Path) -> list[Path]:
     return sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: path.name)
 
 
-def _count(pictures: Iterable[Path]) -> str:
-    number = len(list(pictures))
-    return f"{number} picture{'' if number == 1 else 's'}"
+def _count(things: Sized, name: str = "picture") -> str:
+    return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"
 
 
 def _some(paths: Sequence[Path]) -> str:
