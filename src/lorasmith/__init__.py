@@ -1,1 +1,3 @@
 """LoRA training for Stable Diffusion and everything around it."""
+
+__version__ = "0.1.0"

@@ -5,16 +5,41 @@ The command line, TOML files, `docs/options.md` and the JSON Schema are all deri
 unique over the sections of a command, so `--network.rank 8` and `--rank 8` mean the same.
 """
 
+import difflib
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
+import tomli_w
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from lorasmith.errors import UserError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 
 class Section(BaseModel):
     """A group of options; an unknown name in it is an error."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 def _parse_size(value: Any) -> Any:
@@ -276,3 +301,266 @@ class DemoConfig(Section):
 
 
 COMMANDS: dict[str, type[Section]] = {"train": TrainConfig, "demo": DemoConfig}
+
+
+# ---- derived from the models above: nothing below knows an option by name ------------------------------------------
+
+_Config = TypeVar("_Config", bound=Section)
+_LIMITS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
+_EXPECTED = {
+    "boolean": "true or false",
+    "integer": "a whole number",
+    "number": "a number",
+    "text": "a text",
+    "path": "a path",
+    "list": "a list of texts",
+    "size": "one side or width,height in pixels, such as 512 or 448,640",
+}
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a command, as the command line and the documents need to know it."""
+
+    section: str  # "" for an option of the command itself
+    name: str
+    kind: str  # boolean, integer, number, text, path, size, list, choice
+    expected: str  # in words: "a whole number above 0"
+    choices: tuple[str, ...]
+    default: Any
+    help: str
+
+    @property
+    def place(self) -> tuple[str, ...]:
+        """Where the option stands in nested values: ("network", "rank")."""
+        return (self.section, self.name) if self.section else (self.name,)
+
+    @property
+    def flag(self) -> str:
+        """The short spelling on the command line: `--learning-rate`."""
+        return f"--{self.name.replace('_', '-')}"
+
+
+def options(command: type[Section]) -> list[Option]:
+    """Return a command's options in their order, read from its JSON Schema."""
+    schema = command.model_json_schema()
+    found = []
+    for name, facts in schema["properties"].items():
+        if "$ref" not in facts:
+            found.append(_option("", name, facts))
+            continue
+        section = schema["$defs"][facts["$ref"].rpartition("/")[2]]
+        found += [_option(name, option, facts) for option, facts in section["properties"].items()]
+    return found
+
+
+def sections(command: type[Section]) -> dict[str, str]:
+    """Return the title line of each section of a command, by name; "" is the command itself."""
+    found = {"": _title(command)}
+    for name, field in command.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            found[name] = _title(field.annotation)
+    return found
+
+
+def nearest(command: type[Section], name: str) -> Option | None:
+    """Return the option that was probably meant by a misspelt name, with or without its section."""
+    by_name = {option.name: option for option in options(command)}
+    wanted = name.rpartition(".")[2].replace("-", "_").lower()
+    near = difflib.get_close_matches(wanted, by_name, n=1)
+    return by_name[near[0]] if near else None
+
+
+def build(command: type[_Config], given: Mapping[str, Any], file: Path | None = None) -> _Config:
+    """Return a command's checked configuration: what is given, over what the TOML file says.
+
+    Only what stands in one of the two counts as set (`model_fields_set`).
+
+    Raises:
+        UserError: a line for each mistake, which names the option, or the line of the file, and what was expected.
+    """
+    text = "" if file is None else _read(file)
+    merged = _laid_over({} if file is None else _parse(file, text), given)
+    mistakes = {option.place: _expectation(option) for option in options(command) if _is_misread(option, merged)}
+    config = None
+    try:
+        config = command.model_validate(merged)
+    except ValidationError as error:
+        for found in error.errors(include_url=False):
+            place = _place(command, found["loc"])
+            mistakes.setdefault(place, _reason(command, place, found))
+    if config is not None and not mistakes:
+        return config
+    lines = []
+    for place, reason in mistakes.items():
+        is_in_file = file is not None and not _holds(given, place) and _holds(merged, place)
+        name = _name_in_file(file, text, place, merged) if is_in_file else _name_of_flag(place, merged)
+        lines.append(f"{name}: {reason}" if name else reason)
+    raise UserError("\n".join(lines))
+
+
+def load_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Raises:
+        UserError: it cannot be read, or is not TOML; the line is named.
+    """
+    return _parse(path, _read(path))
+
+
+def dump_toml(values: Mapping[str, Any]) -> str:
+    """Write nested values as TOML; what is None is left out, as TOML has no such value."""
+    return tomli_w.dumps(_without_none(values))
+
+
+def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: _without_none(value) if isinstance(value, Mapping) else value
+        for name, value in values.items()
+        if value is not None
+    }
+
+
+def _title(section: type[Section]) -> str:
+    return (section.__doc__ or "").strip().partition("\n")[0]
+
+
+def _option(section: str, name: str, facts: Mapping[str, Any]) -> Option:
+    """Read an option from its part of the JSON Schema."""
+    shape = next((one for one in facts.get("anyOf", ()) if one.get("type") != "null"), facts)
+    kind = _kind(shape)
+    choices = tuple(str(choice) for choice in shape.get("enum", ()))
+    limits = [f"{word} {shape[key]}" for key, word in _LIMITS.items() if key in shape]
+    expected = f"one of {', '.join(choices)}" if choices else " ".join([_EXPECTED[kind], " and ".join(limits)]).strip()
+    return Option(section, name, kind, expected, choices, facts.get("default"), facts["description"])
+
+
+def _kind(shape: Mapping[str, Any]) -> str:
+    if "enum" in shape:
+        return "choice"
+    if shape.get("format") == "width,height":
+        return "size"
+    if shape.get("format") == "path":
+        return "path"
+    return {"string": "text", "array": "list"}.get(shape["type"], shape["type"])
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")  # Windows editors put a byte order mark first
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file; check the path.") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: expected text in UTF-8 ({error.reason}); save it anew as UTF-8.") from error
+    except OSError as error:
+        raise UserError(f"{path}: expected a TOML file that can be read, but: {error.strerror}.") from error
+
+
+def _parse(path: Path, text: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        message, line = str(error), text.count("\n") + 1
+        if found := re.search(r" \(at line (\d+), column \d+\)| \(at end of document\)", message):
+            message, line = message[: found.start()], int(found[1] or line)
+        hint = "; write Windows paths with / or in 'single quotes'" if "\\" in text.splitlines()[line - 1] else ""
+        raise UserError(f"{path}, line {line}: this is not TOML: {message}{hint}.") from error
+
+
+def _line_of(text: str, place: tuple[str, ...]) -> int:
+    """Return the line where an option or section of a TOML text begins.
+
+    tomllib tells no places: the first lines that parse and hold the option end with it, and it began after the lines
+    that parsed before.
+    """
+    lines, begin = text.splitlines(), 0
+    for end in range(1, len(lines) + 1):
+        try:
+            values = tomllib.loads("\n".join(lines[:end]))
+        except tomllib.TOMLDecodeError:
+            continue
+        if _holds(values, place):
+            break
+        begin = end
+    return begin + 1
+
+
+def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for name, value in above.items():
+        under = merged.get(name)
+        is_section = isinstance(value, Mapping) and isinstance(under, Mapping)
+        merged[name] = _laid_over(under, value) if is_section else value
+    return merged
+
+
+def _holds(values: Any, place: tuple[str, ...]) -> bool:
+    for name in place:
+        if not isinstance(values, Mapping) or name not in values:
+            return False
+        values = values[name]
+    return True
+
+
+def _value(values: Any, place: tuple[str, ...]) -> Any:
+    for name in place:
+        values = values[name]
+    return values
+
+
+def _is_misread(option: Option, values: Mapping[str, Any]) -> bool:
+    """Whether pydantic would take the value for something else: "" for the working folder, true for the number 1."""
+    if not _holds(values, option.place):
+        return False
+    value = _value(values, option.place)
+    return (option.kind == "path" and value == "") or (isinstance(value, bool) and option.kind != "boolean")
+
+
+def _expectation(option: Option) -> str:
+    return f"expected {option.expected}"
+
+
+def _place(command: type[Section], loc: tuple[int | str, ...]) -> tuple[str, ...]:
+    """Return where an error belongs, without the index in a list: section and option, or one of them, or neither."""
+    depth = 2 if loc and loc[0] in sections(command) else 1
+    return tuple(str(part) for part in loc[:depth])
+
+
+def _reason(command: type[Section], place: tuple[str, ...], found: "ErrorDetails") -> str:
+    """Say what was expected instead, in our words rather than pydantic's."""
+    if found["type"] == "value_error":
+        return str(found["ctx"]["error"]) if "ctx" in found else found["msg"]
+    if found["type"] == "extra_forbidden":
+        return _unknown(command, place)
+    for option in options(command):
+        if option.place == place:
+            return _expectation(option)
+    return f"this is a section; write [{place[0]}], and its options in the lines below"
+
+
+def _unknown(command: type[Section], place: tuple[str, ...]) -> str:
+    names = [name for name in sections(command) if name]
+    if len(place) == 1 and (near := difflib.get_close_matches(place[0].lower(), names, n=1)):
+        return f"there is no such section; did you mean [{near[0]}]?"
+    option = nearest(command, place[-1])
+    if option is None:
+        return "there is no such option; `lorasmith COMMAND --help` lists them all"
+    where = f"[{option.section}] " if option.section and option.place[:-1] != place[:-1] else ""
+    return f"there is no such option; did you mean {where}{option.name}?"
+
+
+def _name_in_file(file: Path | None, text: str, place: tuple[str, ...], values: Mapping[str, Any]) -> str:
+    value = _value(values, place)
+    shown = f"[{'.'.join(place)}]" if isinstance(value, Mapping) else _shortened(tomli_w.dumps({place[-1]: value}))
+    return f"{file}, line {_line_of(text, place)}: {shown}"
+
+
+def _name_of_flag(place: tuple[str, ...], values: Mapping[str, Any]) -> str:
+    if not place:
+        return ""
+    return _shortened(f"--{place[-1].replace('_', '-')} {_value(values, place)!s}" if _holds(values, place) else place[-1])
+
+
+def _shortened(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 80 else f"{line[:77]}..."

@@ -1,0 +1,193 @@
+"""The command line: `lorasmith COMMAND [options]`.
+
+Parsers are made from the models in `config.py`, so an option is written once. A command's module, and with it torch, is
+imported only when the command runs.
+"""
+
+import argparse
+import difflib
+import importlib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lorasmith
+from lorasmith import config
+from lorasmith.config import COMMANDS, Option, Section
+from lorasmith.errors import UserError
+
+_SCHEMA = "schema"
+_SCHEMA_HELP = "Print the JSON Schema of a command's options."
+_METAVARS = {"integer": "N", "number": "X", "text": "TEXT", "path": "PATH", "list": "TEXT", "size": "W,H"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line (sys.argv's, unless given) and return the exit code."""
+    try:
+        code = _dispatch(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+    except UserError as error:
+        return _fail(str(error), 2)
+    except KeyboardInterrupt:
+        return _fail("stopped by Ctrl+C", 130)
+    except BrokenPipeError:  # `lorasmith train --help | head`: nobody reads on, which is no mistake
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception:
+        traceback.print_exc()
+        return _fail("this is a bug in lorasmith, not a mistake of yours; please report it with the lines above.", 1)
+    return code
+
+
+def _fail(message: str, code: int) -> int:
+    for line in message.splitlines():
+        print(f"lorasmith: {line}", file=sys.stderr)
+    return code
+
+
+def _dispatch(arguments: list[str]) -> int:
+    command, *rest = arguments or ["--help"]
+    if command in ("-h", "--help"):
+        print(_overview())
+    elif command == "--version":
+        print(f"lorasmith {lorasmith.__version__}")
+    elif command == _SCHEMA:
+        print(_schema(rest))
+    elif command in COMMANDS:
+        return _run(command, rest)
+    else:
+        near = difflib.get_close_matches(command, [*COMMANDS, _SCHEMA], n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join([*COMMANDS, _SCHEMA])}."
+        raise UserError(f"there is no command {command}; {hint}")
+    return 0
+
+
+def _overview() -> str:
+    commands = {name: config.sections(model)[""] for name, model in COMMANDS.items()} | {_SCHEMA: _SCHEMA_HELP}
+    return "\n".join(
+        [
+            "usage: lorasmith COMMAND [options]",
+            "",
+            *(f"  {name:<10}{title}" for name, title in commands.items()),
+            "",
+            "lorasmith COMMAND --help lists a command's options, lorasmith --version tells the version.",
+        ]
+    )
+
+
+def _schema(arguments: list[str]) -> str:
+    if len(arguments) != 1 or arguments[0] not in COMMANDS:
+        raise UserError(f"schema: expected one command: {', '.join(COMMANDS)}. For example: lorasmith schema train")
+    return json.dumps(COMMANDS[arguments[0]].model_json_schema(), indent=2, ensure_ascii=False)
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    command = COMMANDS[name]
+    parser = parser_of(name, command)
+    given = vars(_parse(parser, command, arguments))
+    if given.pop("help"):
+        print(parser.format_help(), end="")
+        return 0
+    file = given.pop("config")
+    cfg = config.build(command, _nested(given), file)
+    return importlib.import_module(f"lorasmith.commands.{name}").run(cfg)
+
+
+def parser_of(name: str, command: type[Section]) -> argparse.ArgumentParser:
+    """Return a command's parser; it only gathers what was given, as text, and leaves all checks to the model."""
+    parser = argparse.ArgumentParser(
+        prog=f"lorasmith {name}",
+        usage="%(prog)s [options]",
+        description=f"{config.sections(command)['']} Every option can also be written with its section, "
+        "as in --section.option, and stand in a TOML file.",
+        argument_default=argparse.SUPPRESS,
+        formatter_class=_Formatter,
+        add_help=False,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    general = parser.add_argument_group("general")
+    general.add_argument("-h", "--help", action="store_true", default=False, help="Show this help.")
+    general.add_argument(
+        "--config", type=Path, default=None, metavar="PATH", help="Read options from this TOML file; the command line wins."
+    )
+    titles = config.sections(command)
+    groups = {section: parser.add_argument_group(section, titles[section]) for section in titles if section}
+    for option in config.options(command):
+        _add(groups.get(option.section, general), option)
+    return parser
+
+
+def _add(group: Any, option: Option) -> None:
+    """Add an option under all its spellings: short or with the section, dashes or underscores."""
+    text, dest = _help(option), ".".join(option.place)
+    if option.kind == "boolean":
+        group.add_argument(*_spellings(option), dest=dest, action="store_true", help=text)
+        group.add_argument(*_spellings(option, "no_"), dest=dest, action="store_false", help=argparse.SUPPRESS)
+        return
+    metavar = f"{{{','.join(option.choices)}}}" if option.choices else _METAVARS[option.kind]
+    nargs = "*" if option.kind == "list" else None
+    group.add_argument(*_spellings(option), dest=dest, metavar=metavar, nargs=nargs, help=text)
+
+
+def _spellings(option: Option, prefix: str = "") -> list[str]:
+    name = prefix + option.name
+    dotted = [f"{option.section}.{name}", f"{prefix}{option.section}.{option.name}"] if option.section else []
+    spellings = [f"--{form}" for spelling in [name, *dotted] for form in (spelling.replace("_", "-"), spelling)]
+    return list(dict.fromkeys(spellings))
+
+
+def _help(option: Option) -> str:
+    default = option.default
+    if isinstance(default, bool):
+        default = "on" if default else "off"
+    is_told = default not in (None, "", [])
+    return (option.help + (f" [default: {default}]" if is_told else "")).replace("%", "%%")
+
+
+class _Formatter(argparse.HelpFormatter):
+    """Shows the shortest spelling of each option only."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        flag = action.option_strings[0]
+        if action.nargs == 0 and flag.startswith("--"):
+            return f"{flag}, --no-{flag[2:]}"
+        if flag == "-h":
+            return "-h, --help"
+        return f"{flag} {self._format_args(action, action.dest)}"
+
+
+def _parse(parser: argparse.ArgumentParser, command: type[Section], arguments: list[str]) -> argparse.Namespace:
+    try:
+        given, unknown = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        name = (error.argument_name or "").partition("/")[0]
+        raise UserError(f"{name}: {error.message}; `{parser.prog} --help` says what it takes.") from error
+    if unknown and not given.help:
+        raise UserError(_unknown(parser, command, unknown[0]))
+    return given
+
+
+def _unknown(parser: argparse.ArgumentParser, command: type[Section], word: str) -> str:
+    if not word.startswith("-"):
+        return f"{word!r} belongs to no option; a value with spaces needs quotes, and an option begins with --."
+    flag = word.partition("=")[0]
+    near = config.nearest(command, flag.lstrip("-").removeprefix("no-"))
+    hint = f"did you mean {near.flag}?" if near else f"`{parser.prog} --help` lists them all."
+    return f"there is no option {flag}; {hint}"
+
+
+def _nested(given: dict[str, Any]) -> dict[str, Any]:
+    """Turn {"network.rank": 8} into {"network": {"rank": 8}}."""
+    nested: dict[str, Any] = {}
+    for place, value in given.items():
+        section, _, name = place.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested)[name] = value
+    return nested
