@@ -74,34 +74,38 @@ class ModelSection(Section):
     """The base model that the LoRA is trained for."""
 
     base: str = Field(
-        "", description="Base model: a .safetensors, .ckpt or .pt file, a diffusers folder, or a hub id (org/name)."
+        default="",
+        description="Base model: a .safetensors, .ckpt or .pt file, a diffusers folder, or a hub id (org/name).",
     )
-    vae: str | None = Field(None, description="Another VAE instead of the base model's own: a file or a folder.")
+    vae: str | None = Field(
+        default=None, description="Another VAE instead of the base model's own: a file or a folder."
+    )
     v2: bool | None = Field(
-        None, description="Say that the base model is SD 2.x; read from the file when left out, checked when given."
+        default=None,
+        description="Say that the base model is SD 2.x; read from the file when left out, checked when given.",
     )
     prediction: Literal["epsilon", "v_prediction"] | None = Field(
-        None, description="What the U-Net predicts; read from the file where it says so."
+        default=None, description="What the U-Net predicts; read from the file where it says so."
     )
-    ema: bool = Field(False, description="Use the checkpoint's EMA weights where it has both kinds.")
+    ema: bool = Field(default=False, description="Use the checkpoint's EMA weights where it has both kinds.")
     clip_skip: Annotated[int, Field(ge=1, le=12)] = Field(
-        1, description="Take the text encoder's n-th layer from the end."
+        default=1, description="Take the text encoder's n-th layer from the end."
     )
 
 
 class NetworkSection(Section):
     """What is trained: the adapter and where it is attached."""
 
-    adapter: str = Field("lora", description="Adapter type: a name from lorasmith.adapters or a dotted module.")
-    rank: PositiveInt = Field(4, description="Rank of the LoRA: more can express more and costs memory.")
+    adapter: str = Field(default="lora", description="Adapter type: a name from lorasmith.adapters or a dotted module.")
+    rank: PositiveInt = Field(default=4, description="Rank of the LoRA: more can express more and costs memory.")
     alpha: Rate | None = Field(
-        None, description="The update is scaled by alpha / rank; left out, alpha = rank, which is scale 1."
+        default=None, description="The update is scaled by alpha / rank; left out, alpha = rank, which is scale 1."
     )
     train: Literal["both", "unet", "text_encoder"] = Field(
-        "both", description="Which parts get a LoRA: U-Net and text encoder, or one of them."
+        default="both", description="Which parts get a LoRA: U-Net and text encoder, or one of them."
     )
     weights: Path | None = Field(
-        None, description="Start from this LoRA file; rank and alpha are taken from it, every name must match."
+        default=None, description="Start from this LoRA file; rank and alpha are taken from it, every name must match."
     )
 
 
@@ -109,107 +113,126 @@ class DataSection(Section):
     """The pictures and their captions."""
 
     images: Path | None = Field(
-        None,
-        description="Folder of pictures: a parent of DreamBooth folders (`N_identifier class`), one of them, or a plain folder.",
+        default=None,
+        description="Folder of pictures: a parent of DreamBooth folders (`N_identifier class`), one of them, "
+        "or a plain folder.",
     )
     regularization: Path | None = Field(
-        None, description="Folder of regularization pictures (prior preservation), laid out like `images`."
+        default=None, description="Folder of regularization pictures (prior preservation), laid out like `images`."
     )
     prior_loss_weight: Annotated[float, Field(ge=0)] = Field(
-        1.0, description="Weight of the regularization pictures' loss."
+        default=1.0, description="Weight of the regularization pictures' loss."
     )
     captions: Path | None = Field(
-        None, description="Metadata JSON with captions and tags per picture (the fine-tuning method)."
+        default=None, description="Metadata JSON with captions and tags per picture (the fine-tuning method)."
     )
-    caption: str | None = Field(None, description="Caption for pictures that have none of their own.")
+    caption: str | None = Field(default=None, description="Caption for pictures that have none of their own.")
     caption_extension: str | None = Field(
-        None, description="Extension of caption files; left out, `.caption` and then `.txt` are looked for."
+        default=None, description="Extension of caption files; left out, `.caption` and then `.txt` are looked for."
     )
     repeats: PositiveInt = Field(
-        1, description="How often each picture counts in an epoch, for plain folders and metadata JSON."
+        default=1, description="How often each picture counts in an epoch, for plain folders and metadata JSON."
     )
-    shuffle_caption: bool = Field(False, description="Shuffle the comma-separated parts of each caption.")
+    shuffle_caption: bool = Field(default=False, description="Shuffle the comma-separated parts of each caption.")
     keep_tokens: Annotated[int, Field(ge=0)] = Field(
-        0, description="How many leading parts of a caption stay in place when shuffling."
+        default=0, description="How many leading parts of a caption stay in place when shuffling."
     )
-    caption_dropout: Share = Field(0.0, description="Share of samples trained with an empty caption.")
+    caption_dropout: Share = Field(default=0.0, description="Share of samples trained with an empty caption.")
     resolution: Size | None = Field(
-        None, description="Training size in pixels, one side or width,height; left out, the model's own (512 or 768)."
+        default=None,
+        description="Training size in pixels, one side or width,height; left out, the model's own (512 or 768).",
     )
-    buckets: bool = Field(False, description="Sort pictures into buckets of like aspect ratio instead of one shape.")
-    bucket_min: PositiveInt = Field(256, description="Smallest side of a bucket in pixels.")
-    bucket_max: PositiveInt = Field(1024, description="Largest side of a bucket in pixels.")
-    bucket_step: PositiveInt = Field(64, description="Bucket sides are multiples of this many pixels.")
-    flip: bool = Field(False, description="Mirror half of the samples left to right; needs uncached latents.")
-    color: bool = Field(False, description="Vary hue and gamma weakly; needs uncached latents.")
-    random_crop: bool = Field(False, description="Crop at a random place instead of the centre; needs uncached latents.")
-    skip_unreadable: bool = Field(False, description="Leave unreadable pictures out instead of stopping.")
+    buckets: bool = Field(
+        default=False, description="Sort pictures into buckets of like aspect ratio instead of one shape."
+    )
+    bucket_min: PositiveInt = Field(default=256, description="Smallest side of a bucket in pixels.")
+    bucket_max: PositiveInt = Field(default=1024, description="Largest side of a bucket in pixels.")
+    bucket_step: PositiveInt = Field(default=64, description="Bucket sides are multiples of this many pixels.")
+    flip: bool = Field(default=False, description="Mirror half of the samples left to right; needs uncached latents.")
+    color: bool = Field(default=False, description="Vary hue and gamma weakly; needs uncached latents.")
+    random_crop: bool = Field(
+        default=False, description="Crop at a random place instead of the centre; needs uncached latents."
+    )
+    skip_unreadable: bool = Field(default=False, description="Leave unreadable pictures out instead of stopping.")
     cache_latents: bool | None = Field(
-        None, description="Encode every picture once and keep it in memory; left out, on unless an augmentation is."
+        default=None,
+        description="Encode every picture once and keep it in memory; left out, on unless an augmentation is.",
     )
     workers: Annotated[int, Field(ge=0)] = Field(
-        2, description="Threads that prepare batches ahead; the number never changes the result."
+        default=2, description="Threads that prepare batches ahead; the number never changes the result."
     )
 
 
 class OptimizerSection(Section):
     """The optimizer and its learning rates."""
 
-    optimizer: str = Field("adamw", description="Optimizer: a name from lorasmith.optimizers or a dotted module.")
-    learning_rate: Rate = Field(1e-4, description="Learning rate of every part that has none of its own.")
-    unet_lr: Rate | None = Field(None, description="Learning rate of the U-Net's LoRA.")
-    text_encoder_lr: Rate | None = Field(None, description="Learning rate of the text encoder's LoRA.")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="Weight decay.")
-    lr_schedule: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="How the learning rate goes down over the run, after the warm-up."
+    optimizer: str = Field(
+        default="adamw", description="Optimizer: a name from lorasmith.optimizers or a dotted module."
     )
-    lr_warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="Steps over which the learning rate rises from 0.")
-    max_grad_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="Clip gradients to this norm; 0 turns it off.")
+    learning_rate: Rate = Field(default=1e-4, description="Learning rate of every part that has none of its own.")
+    unet_lr: Rate | None = Field(default=None, description="Learning rate of the U-Net's LoRA.")
+    text_encoder_lr: Rate | None = Field(default=None, description="Learning rate of the text encoder's LoRA.")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.01, description="Weight decay.")
+    lr_schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="How the learning rate goes down over the run, after the warm-up."
+    )
+    lr_warmup_steps: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="Steps over which the learning rate rises from 0."
+    )
+    max_grad_norm: Annotated[float, Field(ge=0)] = Field(
+        default=1.0, description="Clip gradients to this norm; 0 turns it off."
+    )
 
 
 class TrainingSection(Section):
     """Length, batches, precision."""
 
-    steps: PositiveInt | None = Field(None, description="Optimizer steps; left out together with epochs: 1600.")
-    epochs: PositiveInt | None = Field(None, description="Passes over the data, instead of steps.")
-    batch_size: PositiveInt = Field(1, description="Pictures per process and micro-batch.")
-    gradient_accumulation: PositiveInt = Field(1, description="Micro-batches added up for one optimizer step.")
+    steps: PositiveInt | None = Field(default=None, description="Optimizer steps; left out together with epochs: 1600.")
+    epochs: PositiveInt | None = Field(default=None, description="Passes over the data, instead of steps.")
+    batch_size: PositiveInt = Field(default=1, description="Pictures per process and micro-batch.")
+    gradient_accumulation: PositiveInt = Field(default=1, description="Micro-batches added up for one optimizer step.")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="Precision of the frozen base model; auto is bf16 on a GPU that has it, else fp32."
+        default="auto", description="Precision of the frozen base model; auto is bf16 on a GPU that has it, else fp32."
     )
     gradient_checkpointing: bool = Field(
-        False, description="Recompute activations instead of keeping them: less memory, about 1.4 times the time."
+        default=False,
+        description="Recompute activations instead of keeping them: less memory, about 1.4 times the time.",
     )
-    attention: Literal["sdpa", "plain"] = Field("sdpa", description="Attention implementation.")
-    device: str = Field("auto", description="Where to train: auto, cpu, cuda, cuda:1, mps.")
-    seed: Annotated[int, Field(ge=0)] = Field(42, description="Everything random in the run follows from this number.")
+    attention: Literal["sdpa", "plain"] = Field(default="sdpa", description="Attention implementation.")
+    device: str = Field(default="auto", description="Where to train: auto, cpu, cuda, cuda:1, mps.")
+    seed: Annotated[int, Field(ge=0)] = Field(
+        default=42, description="Everything random in the run follows from this number."
+    )
 
 
 class SaveSection(Section):
     """Where results go and what the file says of itself."""
 
-    output: Path | None = Field(None, description="Folder for the LoRA, states, logs, samples and report.")
-    name: str | None = Field(None, description="Base name of the files; left out, `last`, `epoch-000001`, `step-00000100`.")
-    format: Literal["safetensors", "pt", "ckpt"] = Field("safetensors", description="File format of the LoRA.")
-    save_precision: Literal["float", "fp16", "bf16"] = Field("fp16", description="Precision of the saved LoRA.")
-    save_every_epochs: PositiveInt | None = Field(None, description="Save a LoRA every n epochs.")
-    save_every_steps: PositiveInt | None = Field(None, description="Save a LoRA every n steps.")
+    output: Path | None = Field(default=None, description="Folder for the LoRA, states, logs, samples and report.")
+    name: str | None = Field(
+        default=None, description="Base name of the files; left out, `last`, `epoch-000001`, `step-00000100`."
+    )
+    format: Literal["safetensors", "pt", "ckpt"] = Field(default="safetensors", description="File format of the LoRA.")
+    save_precision: Literal["float", "fp16", "bf16"] = Field(default="fp16", description="Precision of the saved LoRA.")
+    save_every_epochs: PositiveInt | None = Field(default=None, description="Save a LoRA every n epochs.")
+    save_every_steps: PositiveInt | None = Field(default=None, description="Save a LoRA every n steps.")
     state_every_steps: Annotated[int, Field(ge=0)] = Field(
-        250, description="Save a resumable state every n steps, besides the one at each save and at the end; 0: never."
+        default=250,
+        description="Save a resumable state every n steps, besides the one at each save and at the end; 0: never.",
     )
-    keep_states: PositiveInt = Field(1, description="How many of the newest states to keep.")
+    keep_states: PositiveInt = Field(default=1, description="How many of the newest states to keep.")
     overwrite: bool = Field(
-        False, description="Start afresh in a folder that holds another run, which is moved aside, not deleted."
+        default=False, description="Start afresh in a folder that holds another run, which is moved aside, not deleted."
     )
-    title: str | None = Field(None, description="Title in the file's metadata; left out, the name.")
-    author: str | None = Field(None, description="Author in the file's metadata.")
-    description: str | None = Field(None, description="Description in the file's metadata.")
-    license: str | None = Field(None, description="License in the file's metadata.")
-    tags: str | None = Field(None, description="Comma-separated tags in the file's metadata.")
-    trigger_phrase: str | None = Field(None, description="Trigger phrase in the file's metadata.")
-    comment: str | None = Field(None, description="Free text in the file's metadata.")
+    title: str | None = Field(default=None, description="Title in the file's metadata; left out, the name.")
+    author: str | None = Field(default=None, description="Author in the file's metadata.")
+    description: str | None = Field(default=None, description="Description in the file's metadata.")
+    license: str | None = Field(default=None, description="License in the file's metadata.")
+    tags: str | None = Field(default=None, description="Comma-separated tags in the file's metadata.")
+    trigger_phrase: str | None = Field(default=None, description="Trigger phrase in the file's metadata.")
+    comment: str | None = Field(default=None, description="Free text in the file's metadata.")
     share_captions: bool = Field(
-        True, description="Write folder names and caption tags into the file's metadata, as UIs show them."
+        default=True, description="Write folder names and caption tags into the file's metadata, as UIs show them."
     )
 
 
@@ -220,29 +243,36 @@ class SampleSection(Section):
         default_factory=list,
         description="Prompts to draw, or one .txt file with a prompt a line; left out, two captions of the pictures.",
     )
-    sample_every_steps: PositiveInt | None = Field(None, description="Draw the prompts every n steps.")
-    sample_every_epochs: PositiveInt | None = Field(None, description="Draw the prompts every n epochs.")
-    before_after: bool = Field(True, description="Draw the prompts before and after training, for the report.")
-    negative: str = Field("", description="Negative prompt.")
-    sample_size: Size | None = Field(None, description="Size of the samples in pixels; left out, the training size.")
-    sample_steps: PositiveInt = Field(20, description="Sampler steps of the samples.")
-    guidance: Annotated[float, Field(ge=0)] = Field(7.5, description="Classifier-free guidance scale of the samples.")
-    sample_seed: Annotated[int, Field(ge=0)] = Field(1, description="Seed of the first sample; the others count up.")
+    sample_every_steps: PositiveInt | None = Field(default=None, description="Draw the prompts every n steps.")
+    sample_every_epochs: PositiveInt | None = Field(default=None, description="Draw the prompts every n epochs.")
+    before_after: bool = Field(default=True, description="Draw the prompts before and after training, for the report.")
+    negative: str = Field(default="", description="Negative prompt.")
+    sample_size: Size | None = Field(
+        default=None, description="Size of the samples in pixels; left out, the training size."
+    )
+    sample_steps: PositiveInt = Field(default=20, description="Sampler steps of the samples.")
+    guidance: Annotated[float, Field(ge=0)] = Field(
+        default=7.5, description="Classifier-free guidance scale of the samples."
+    )
+    sample_seed: Annotated[int, Field(ge=0)] = Field(
+        default=1, description="Seed of the first sample; the others count up."
+    )
 
 
 class LogSection(Section):
     """What is shown and logged."""
 
-    tensorboard: bool = Field(True, description="Write TensorBoard logs into the output folder.")
-    progress: bool = Field(True, description="Show a progress bar; without a terminal, a line now and then.")
+    tensorboard: bool = Field(default=True, description="Write TensorBoard logs into the output folder.")
+    progress: bool = Field(default=True, description="Show a progress bar; without a terminal, a line now and then.")
 
 
 class TrainConfig(Section):
     """Train a LoRA on pictures."""
 
-    dry_run: bool = Field(False, description="Print the plan and stop before anything is loaded or written.")
+    dry_run: bool = Field(default=False, description="Print the plan and stop before anything is loaded or written.")
     resume: Path | None = Field(
-        None, description="Go on with a stopped run: its output folder or one of its states; options come from it."
+        default=None,
+        description="Go on with a stopped run: its output folder or one of its states; options come from it.",
     )
     model: ModelSection = Field(default_factory=ModelSection)
     network: NetworkSection = Field(default_factory=NetworkSection)
@@ -295,9 +325,11 @@ def contradictions(cfg: TrainConfig) -> list[str]:
 class DemoConfig(Section):
     """Train a LoRA on the embedded model and show what it learned."""
 
-    output: Path = Field(Path("lorasmith-demo"), description="Folder for the demo's results.")
-    steps: PositiveInt = Field(300, description="Optimizer steps.")
-    seed: Annotated[int, Field(ge=0)] = Field(42, description="Everything random in the demo follows from this number.")
+    output: Path = Field(default=Path("lorasmith-demo"), description="Folder for the demo's results.")
+    steps: PositiveInt = Field(default=300, description="Optimizer steps.")
+    seed: Annotated[int, Field(ge=0)] = Field(
+        default=42, description="Everything random in the demo follows from this number."
+    )
 
 
 COMMANDS: dict[str, type[Section]] = {"train": TrainConfig, "demo": DemoConfig}
@@ -307,6 +339,8 @@ COMMANDS: dict[str, type[Section]] = {"train": TrainConfig, "demo": DemoConfig}
 
 _Config = TypeVar("_Config", bound=Section)
 _LIMITS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
+_FORMATS = {"width,height": "size", "path": "path"}
+_KINDS = {"string": "text", "array": "list"}
 _EXPECTED = {
     "boolean": "true or false",
     "integer": "a whole number",
@@ -438,11 +472,8 @@ def _option(section: str, name: str, facts: Mapping[str, Any]) -> Option:
 def _kind(shape: Mapping[str, Any]) -> str:
     if "enum" in shape:
         return "choice"
-    if shape.get("format") == "width,height":
-        return "size"
-    if shape.get("format") == "path":
-        return "path"
-    return {"string": "text", "array": "list"}.get(shape["type"], shape["type"])
+    kind = _FORMATS.get(shape.get("format", ""), shape["type"])
+    return _KINDS.get(kind, kind)
 
 
 def _read(path: Path) -> str:
@@ -488,9 +519,10 @@ def _line_of(text: str, place: tuple[str, ...]) -> int:
 def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(below)
     for name, value in above.items():
-        under = merged.get(name)
-        is_section = isinstance(value, Mapping) and isinstance(under, Mapping)
-        merged[name] = _laid_over(under, value) if is_section else value
+        under = below.get(name)
+        if isinstance(value, Mapping) and isinstance(under, Mapping):
+            value = _laid_over(under, value)
+        merged[name] = value
     return merged
 
 
@@ -558,7 +590,8 @@ def _name_in_file(file: Path | None, text: str, place: tuple[str, ...], values: 
 def _name_of_flag(place: tuple[str, ...], values: Mapping[str, Any]) -> str:
     if not place:
         return ""
-    return _shortened(f"--{place[-1].replace('_', '-')} {_value(values, place)!s}" if _holds(values, place) else place[-1])
+    flag = f"--{place[-1].replace('_', '-')}"
+    return _shortened(f"{flag} {_value(values, place)}" if _holds(values, place) else flag)
 
 
 def _shortened(text: str) -> str:
