@@ -113,7 +113,11 @@ def parser_of(name: str, command: type[Section]) -> argparse.ArgumentParser:
     general = parser.add_argument_group("general")
     general.add_argument("-h", "--help", action="store_true", default=False, help="Show this help.")
     general.add_argument(
-        "--config", type=Path, default=None, metavar="PATH", help="Read options from this TOML file; the command line wins."
+        "--config",
+        type=Path,
+        default=None,
+        metavar="PATH",
+        help="Read options from this TOML file; the command line wins.",
     )
     titles = config.sections(command)
     groups = {section: parser.add_argument_group(section, titles[section]) for section in titles if section}

@@ -339,8 +339,7 @@ COMMANDS: dict[str, type[Section]] = {"train": TrainConfig, "demo": DemoConfig}
 
 _Config = TypeVar("_Config", bound=Section)
 _LIMITS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
-_FORMATS = {"width,height": "size", "path": "path"}
-_KINDS = {"string": "text", "array": "list"}
+_KINDS = {"width,height": "size", "string": "text", "array": "list"}  # others are called as the schema calls them
 _EXPECTED = {
     "boolean": "true or false",
     "integer": "a whole number",
@@ -472,8 +471,8 @@ def _option(section: str, name: str, facts: Mapping[str, Any]) -> Option:
 def _kind(shape: Mapping[str, Any]) -> str:
     if "enum" in shape:
         return "choice"
-    kind = _FORMATS.get(shape.get("format", ""), shape["type"])
-    return _KINDS.get(kind, kind)
+    name = str(shape.get("format", shape["type"]))
+    return _KINDS.get(name, name)
 
 
 def _read(path: Path) -> str:

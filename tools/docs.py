@@ -1,0 +1,74 @@
+"""Writes docs/options.md and docs/schema/*.json from the options themselves: `make docs`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lorasmith import config
+from lorasmith.config import COMMANDS, Option, Section
+
+ROOT = Path(__file__).resolve().parent.parent
+_INTRODUCTION = """\
+# Options
+
+Made from `src/lorasmith/config.py` by `make docs`; change the options there.
+
+Options are given on the command line (`--rank 8`, or with the section, `--network.rank 8`; dashes and underscores are
+the same) or in a TOML file (`--config run.toml`), where the command line wins:
+
+```toml
+[network]
+rank = 8
+
+[data]
+images = "photos"
+resolution = [448, 640]
+```
+
+What may be on or off is `--flip` or `--no-flip`, and `flip = true` or `flip = false` in a file.
+`lorasmith schema train` prints the same as JSON Schema, which also lies in `docs/schema/`.
+"""
+
+
+def pages() -> dict[Path, str]:
+    """Return the text of each generated file by its path."""
+    schemas = {
+        ROOT / "docs" / "schema" / f"{name}.json": json.dumps(model.model_json_schema(), indent=2) + "\n"
+        for name, model in COMMANDS.items()
+    }
+    options = "\n".join([_INTRODUCTION, *(_command(name, model) for name, model in COMMANDS.items())])
+    return {ROOT / "docs" / "options.md": options, **schemas}
+
+
+def _command(name: str, model: type[Section]) -> str:
+    lines = [f"## lorasmith {name}", "", config.sections(model)[""], ""]
+    for section, title in config.sections(model).items():
+        rows = [_row(option) for option in config.options(model) if option.section == section]
+        if section:
+            lines += [f"### {name}: [{section}]", "", title, ""]
+        if rows:
+            lines += ["| option | value | default | |", "|---|---|---|---|", *rows, ""]
+    return "\n".join(lines)
+
+
+def _row(option: Option) -> str:
+    expected = "on or off" if option.kind == "boolean" else option.expected
+    cells = [f"`{option.flag}`", expected, _default(option.default), option.help]
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def _default(value: Any) -> str:
+    if value in (None, "", []):
+        return ""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else f"`{value}`"
+
+
+def main() -> None:
+    for path, text in pages().items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        print(path.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()
