@@ -69,7 +69,7 @@ def check_free(folder: OutputFolder, *, overwrite: bool) -> None:
     if found and not overwrite:
         raise UserError(
             f"{folder.path} already holds a run ({_some(found)}), and nothing is overwritten. "
-            f"To go on with it: lorasmith train --resume \"{folder.path}\". To start afresh: another --output, "
+            f'To go on with it: lorasmith train --resume "{folder.path}". To start afresh: another --output, '
             "or --overwrite, which moves the old run aside."
         )
 

@@ -29,10 +29,12 @@ def caption_lines(records: Sequence[ImageRecord], shown: int = 3) -> list[str]:
 def shape_lines(records: Sequence[ImageRecord], crops: Sequence[CropPlan], shown: int = 8) -> list[str]:
     """Say what the pictures are resized and cropped to, and what that costs."""
     shapes = Counter(_shape(crop) for crop in crops)
-    lines = [
-        f"{_pictures(count)} as {width}x{height}" for (width, height), count in shapes.most_common(shown)
-    ] + ([f"and {len(shapes) - shown} more shapes"] if len(shapes) > shown else [])
-    enlarged = [record.path.name for record, crop in zip(records, crops, strict=True) if crop.resize[0] > record.size[0]]
+    lines = [f"{_pictures(count)} as {width}x{height}" for (width, height), count in shapes.most_common(shown)] + (
+        [f"and {len(shapes) - shown} more shapes"] if len(shapes) > shown else []
+    )
+    enlarged = [
+        record.path.name for record, crop in zip(records, crops, strict=True) if crop.resize[0] > record.size[0]
+    ]
     if enlarged:
         lines.append(f"{_pictures(len(enlarged))} smaller than that and enlarged: {_some(enlarged)}")
     worst = max(range(len(crops)), key=lambda i: crops[i].lost_area)

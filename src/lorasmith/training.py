@@ -31,9 +31,7 @@ def latents_of(model: LatentDiffusion, batch: Batch) -> Tensor:
     return mean + std * batch.posterior_noise.to(mean.device)
 
 
-def weighted_loss(
-    model: LatentDiffusion, batch: Batch, encode: Callable[[list[str]], Conditioning]
-) -> Tensor:
+def weighted_loss(model: LatentDiffusion, batch: Batch, encode: Callable[[list[str]], Conditioning]) -> Tensor:
     """Return sum(weight_i * loss_i) / count: this micro-batch's part of the mean over the whole step's samples."""
     x_0 = latents_of(model, batch)
     noise, t = batch.noise.to(x_0.device), batch.t.to(x_0.device)
