@@ -1,0 +1,153 @@
+"""Which model family a checkpoint is of, told by the names and shapes in its header, and what goes on from there.
+
+A family is a file in `lorasmith/models` with `matches`, `describe`, `target_shapes` and `load`, as `models/sd.py` has them.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from lorasmith import plugins
+from lorasmith.checkpoint import Checkpoint
+from lorasmith.errors import UserError
+from lorasmith.models.base import LatentDiffusion, ModelFacts
+
+__all__ = ["ModelFacts", "describe", "load", "target_shapes"]
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def describe(checkpoint: Checkpoint, *, v2: bool | None = None, prediction: str | None = None) -> ModelFacts:
+    """Return what a base model's header says of it.
+
+    Args:
+        v2: what the user says the family is, checked; None: nothing was said.
+        prediction: `epsilon` or `v_prediction` as the user says; None: nothing was said.
+
+    Raises:
+        UserError: not a base model, of a family that is not supported, or contradicting what the user says.
+    """
+    return _find(checkpoint).describe(checkpoint, v2=v2, prediction=prediction)
+
+
+def target_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Return the weights' shapes of the layers that a LoRA may go on, by saved name, from the header alone.
+
+    Raises:
+        UserError: not a base model of a supported family, or an incomplete one.
+    """
+    return _find(checkpoint).target_shapes(checkpoint)
+
+
+def load(
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    vae: str | None = None,
+    prediction: str | None = None,
+    clip_skip: int = 1,
+    ema: bool = False,
+) -> LatentDiffusion:
+    """Load a base model, frozen: denoiser and text encoder in `dtype`, the VAE in fp32.
+
+    Args:
+        vae: a file or folder with another VAE than the model's own.
+        prediction: `epsilon` or `v_prediction`; None: as the file says.
+        clip_skip: take the text encoder's n-th layer from the end.
+        ema: take the moving average of the weights where the file has it beside the last ones.
+
+    Raises:
+        UserError: not a base model of a supported family, or a damaged one.
+    """
+    family = _find(checkpoint)
+    return family.load(
+        checkpoint, dtype=dtype, device=device, vae=vae, prediction=prediction, clip_skip=clip_skip, ema=ema
+    )
+
+
+def _find(checkpoint: Checkpoint) -> Any:
+    """Return the family's module."""
+    shapes = {name: tuple(checkpoint.shape(name)) for name in checkpoint.names()}
+    modules = (plugins.find("models", name) for name in plugins.names("models"))
+    for module in modules:
+        if "matches" in vars(module) and module.matches(shapes):
+            return module
+    for says, is_it in _OTHERS:
+        if is_it(shapes):
+            raise UserError(f"{checkpoint.path} {says}")
+    raise UserError(
+        f"{checkpoint.path} is no base model that is known here; expected Stable Diffusion 1.x or 2.x as one file or a "
+        f"diffusers folder, found {len(shapes)} tensors named like {', '.join(sorted(shapes)[:3]) or 'nothing'}."
+    )
+
+
+def _any_starts(*beginnings: str) -> Callable[[Shapes], bool]:
+    return lambda shapes: any(name.startswith(beginnings) for name in shapes)
+
+
+def _any_contains(*parts: str) -> Callable[[Shapes], bool]:
+    return lambda shapes: any(part in name for name in shapes for part in parts)
+
+
+def _unsupported(kind: str) -> str:
+    return f"is not supported yet: this is {kind}. Expected Stable Diffusion 1.x or 2.x."
+
+
+_BASE_WANTED = "give the base model to train for here (a checkpoint of 2 to 5 GB, or a diffusers folder)"
+
+# In this order: the first that fits tells the user what was given.
+_OTHERS: list[tuple[str, Callable[[Shapes], bool]]] = [
+    (
+        f"is a LoRA, not a base model; {_BASE_WANTED}, and the LoRA to go on from with --weights.",
+        _any_contains(
+            ".lora_down.", ".lora_up.", ".lora_A.", ".lora_B.", "_lora.down.", ".hada_w1_", ".lokr_w", "oft_blocks"
+        ),
+    ),
+    (
+        f"is a LoRA, not a base model; {_BASE_WANTED}. (Its form is cloneofsimo's.)",
+        lambda shapes: any(
+            name.startswith(("unet:", "text_encoder:")) and name.endswith((":up", ":down")) for name in shapes
+        ),
+    ),
+    (
+        f"is a textual inversion embedding, not a base model; {_BASE_WANTED}.",
+        lambda shapes: (
+            len(shapes) <= 4
+            and any(name in ("emb_params", "clip_l", "clip_g") or "string_to_param" in name for name in shapes)
+        ),
+    ),
+    (
+        f"is a textual inversion embedding, not a base model; {_BASE_WANTED}.",
+        lambda shapes: (
+            0 < len(shapes) <= 2
+            and all(len(shape) <= 2 and shape and shape[-1] in (768, 1024, 1280) for shape in shapes.values())
+        ),
+    ),
+    (_unsupported("a ControlNet"), _any_starts("control_model.", "controlnet_cond_embedding.", "input_hint_block.")),
+    (_unsupported("SDXL's refiner"), lambda shapes: "conditioner.embedders.0.model.ln_final.weight" in shapes),
+    (
+        _unsupported("SDXL"),
+        _any_starts("conditioner.embedders.1.", "unet/add_embedding.", "model.diffusion_model.label_emb."),
+    ),
+    (_unsupported("SD3"), _any_contains("joint_blocks.", "transformer/pos_embed.pos_embed")),
+    (_unsupported("FLUX"), _any_contains("double_blocks.0.", "transformer/single_transformer_blocks.")),
+    (_unsupported("a transformer model of another kind"), _any_starts("transformer/")),
+    (
+        f"is a VAE alone, not a base model; {_BASE_WANTED}, and the VAE with --vae.",
+        lambda shapes: (
+            _any_starts("encoder.", "first_stage_model.", "vae/")(shapes)
+            and not _any_starts("model.", "unet/", "model_ema.")(shapes)
+        ),
+    ),
+    (
+        "has a U-Net but no text encoder; a base model has U-Net, text encoder and VAE in one file or diffusers folder. "
+        "Give the complete model.",
+        _any_starts("model.diffusion_model.", "unet/", "input_blocks.", "down_blocks."),
+    ),
+    (
+        f"is a text encoder alone, not a base model; {_BASE_WANTED}.",
+        _any_starts("text_model.", "text_encoder/", "cond_stage_model.", "encoder.layers."),
+    ),
+]

@@ -1,0 +1,75 @@
+"""What every model family offers: text and pictures in, a prediction out, and the layers that adapters go on.
+
+Nothing here is about training, saving or options.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lorasmith.diffusion import Discrete, Prediction
+
+Conditioning = dict[str, Tensor]  # what encode_text made for forward, batch first; opaque to everyone else
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a checkpoint's header says of it.
+
+    Args:
+        notes: sentences for the user on what was assumed.
+        resolution: pixels (w, h) that the model was trained at.
+        base_model_version: as sd-scripts writes it into LoRA files.
+        architecture: as ModelSpec spells it, without `/lora`.
+    """
+
+    family: str
+    title: str
+    prediction: Prediction
+    notes: list[str]
+    resolution: tuple[int, int]
+    is_v2: bool
+    base_model_version: str
+    architecture: str
+
+
+class LatentDiffusion(nn.Module, ABC):
+    """A frozen latent diffusion model: denoiser, text encoder and VAE, with its noise schedule."""
+
+    latent_factor: int  # pixels on a latent's side
+    latent_channels: int
+    denoiser: nn.Module
+    text_encoder: nn.Module
+    vae: nn.Module
+    schedule: Discrete
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser is."""
+        return next(self.denoiser.parameters()).device
+
+    @abstractmethod
+    def encode_text(self, captions: list[str]) -> Conditioning:
+        """Return the captions' conditioning, batch first; differentiable for adapters in the text encoder."""
+
+    @abstractmethod
+    def count_tokens(self, captions: list[str]) -> list[int]:
+        """Return how many tokens each caption has, uncut and without start and end."""
+
+    @abstractmethod
+    def encode_image(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and std, each (B, C, H/f, W/f) fp32, of the latents of pixels (B, 3, H, W) in [-1, 1]."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return pixels (B, 3, H, W), about [-1, 1], of latents (B, C, H/f, W/f)."""
+
+    @abstractmethod
+    def forward(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """Return the denoiser's prediction (B, C, h, w) in its dtype, for fp32 x_t (B, C, h, w) and timesteps (B,)."""
+
+    @abstractmethod
+    def adapter_targets(self) -> dict[str, nn.Module]:
+        """Return the layers that a LoRA may go on, by saved name."""

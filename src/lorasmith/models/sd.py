@@ -1,0 +1,519 @@
+"""Stable Diffusion 1 and 2: recognised, described and loaded from original single files and diffusers folders.
+
+Widths are read from the tensors' shapes. What shapes cannot tell, heads and norm groups, is Stable Diffusion's own
+unless the file says otherwise: a diffusers folder in its config.json, a miniature's single file in the metadata value
+`lorasmith.architecture`.
+"""
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from lorasmith.checkpoint import Checkpoint, open_checkpoint
+from lorasmith.diffusion import Prediction, stable_diffusion_schedule
+from lorasmith.errors import UserError
+from lorasmith.models import tokenizer
+from lorasmith.models.base import Conditioning, LatentDiffusion, ModelFacts
+from lorasmith.models.keys import sd as keys
+from lorasmith.models.keys.sd import Family, Shape, Table
+
+ARCHITECTURE_KEY = "lorasmith.architecture"
+LATENT_SCALE = 0.18215  # the latents' standard deviation is about 1 after it
+_TITLES: dict[Family, str] = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x"}
+_PAD: dict[Family, int] = {"sd1": tokenizer.END, "sd2": 0}
+_V_PREDICTION_NAMES = ("768-v", "v2-1_768", "768v")  # how the known SD2 files that predict v are called
+_PREDICTIONS: dict[str, Prediction] = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
+_OTHER_INPUTS = {9: "an inpainting model", 5: "a depth model", 8: "an InstructPix2Pix model"}
+_MAX_TOKENS = tokenizer.NUM_POSITIONS - 2  # without start and end
+_NUM_SHOWN = 3
+
+
+class StableDiffusion(LatentDiffusion):
+    """Stable Diffusion 1 or 2.
+
+    Args:
+        clip_skip: which of the text encoder's layers from the end gives the conditioning; 1: the last.
+    """
+
+    latent_factor = 8
+    latent_channels = 4
+
+    def __init__(
+        self, family: Family, denoiser: Any, text_encoder: Any, vae: Any, prediction: Prediction, clip_skip: int = 1
+    ) -> None:
+        super().__init__()
+        self.family: Family = family
+        self.denoiser, self.text_encoder, self.vae = denoiser, text_encoder, vae
+        self.schedule = stable_diffusion_schedule(prediction)
+        self._clip_skip = clip_skip
+        self._tokenizer = tokenizer.build()
+
+    def encode_text(self, captions: list[str]) -> Conditioning:
+        """Return {"text": (B, 77, width)}; what is longer than 75 tokens is cut."""
+        ids = self._token_ids(captions).to(next(self.text_encoder.parameters()).device)
+        if self._clip_skip == 1:
+            return {"text": self.text_encoder(ids).last_hidden_state}
+        layers = self.text_encoder(ids, output_hidden_states=True).hidden_states  # embeddings, then every layer
+        return {"text": self.text_encoder.final_layer_norm(layers[-self._clip_skip])}
+
+    def count_tokens(self, captions: list[str]) -> list[int]:
+        """Return how many tokens each caption has, uncut and without start and end."""
+        return [len(ids) for ids in self._tokens(captions)]
+
+    @torch.no_grad()
+    def encode_image(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and std, each (B, 4, H/8, W/8) fp32, of the latents of pixels (B, 3, H, W) in [-1, 1]."""
+        posterior = self.vae.encode(pixels.to(self._vae_device, self.vae.dtype)).latent_dist
+        return posterior.mean.float() * LATENT_SCALE, posterior.std.float() * LATENT_SCALE
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return pixels (B, 3, H, W), about [-1, 1], of latents (B, 4, H/8, W/8)."""
+        return self.vae.decode(latents.to(self._vae_device, self.vae.dtype) / LATENT_SCALE).sample
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """Return the U-Net's prediction (B, 4, h, w) in its dtype, for fp32 x_t (B, 4, h, w) and timesteps (B,)."""
+        dtype, device = self.denoiser.dtype, self.device
+        text = cond["text"].to(device, dtype)
+        return self.denoiser(x_t.to(device, dtype), t.to(device), encoder_hidden_states=text).sample
+
+    def adapter_targets(self) -> dict[str, nn.Module]:
+        """Return the 264 (SD1) or 330 (SD2) layers that a LoRA may go on, by saved name."""
+        unet = {name: self.denoiser.get_submodule(module) for name, module in keys.unet_targets().items()}
+        text = keys.text_targets(self.family)
+        return {**unet, **{name: self.text_encoder.get_submodule(module) for name, module in text.items()}}
+
+    @property
+    def _vae_device(self) -> torch.device:
+        return next(self.vae.parameters()).device
+
+    def _tokens(self, captions: list[str]) -> list[list[int]]:
+        return self._tokenizer(captions, add_special_tokens=False)["input_ids"] if captions else []
+
+    def _token_ids(self, captions: list[str]) -> Tensor:
+        """Return (B, 77): start, the caption, end, padding. Written here because CLIPTokenizer's pad token is special."""
+        rows = torch.full((len(captions), tokenizer.NUM_POSITIONS), _PAD[self.family])
+        for row, tokens in zip(rows, self._tokens(captions), strict=True):
+            ids = [tokenizer.START, *tokens[:_MAX_TOKENS], tokenizer.END]
+            row[: len(ids)] = torch.tensor(ids)
+        return rows
+
+
+# --- what a checkpoint is ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where a checkpoint has which part; no VAE is possible."""
+
+    family: Family
+    unet: Table
+    text: Table
+    vae: Table | None
+
+
+@dataclass(frozen=True)
+class _Details:
+    """What the shapes do not tell. Heads are a number for all levels or one for each; None: the family's own."""
+
+    unet_heads: int | tuple[int, ...] | None = None
+    unet_groups: int = 32
+    vae_groups: int = 32
+    text_heads: int | None = None
+    resolution: tuple[int, int] | None = None
+
+
+def matches(shapes: Mapping[str, Shape]) -> bool:
+    """Return whether these are the tensors of a Stable Diffusion 1 or 2 model."""
+    return _layout(shapes) is not None
+
+
+def describe(checkpoint: Checkpoint, *, v2: bool | None, prediction: str | None) -> ModelFacts:
+    """Return what the header says of the model.
+
+    Args:
+        v2: what the user says the family is; None: nothing.
+        prediction: what the user says the U-Net predicts; None: nothing.
+
+    Raises:
+        UserError: it is of the other family, or takes other inputs than latents.
+    """
+    shapes = _shapes(checkpoint)
+    layout = _require_layout(shapes)
+    _check_inputs(checkpoint.path, _module_shapes(layout.unet, shapes))
+    family = layout.family
+    if v2 is not None and v2 != (family == "sd2"):
+        raise UserError(
+            f"{checkpoint.path} is {_TITLES[family]} by its text encoder, but --v2 {str(v2).lower()} says that it is "
+            f"{_TITLES['sd2' if v2 else 'sd1']}; leave --v2 out, or give the model that you mean."
+        )
+    found, notes = _find_prediction(checkpoint, family, prediction)
+    is_v = found == "v_prediction"
+    side = 768 if family == "sd2" and is_v else 512
+    if family == "sd1":
+        version, architecture = "sd_v1", "stable-diffusion-v1"
+    else:
+        version = "sd_v2_v" if is_v else "sd_v2"
+        architecture = "stable-diffusion-v2-768-v" if is_v else "stable-diffusion-v2-512"
+    resolution = _details(checkpoint).resolution or (side, side)
+    return ModelFacts(family, _TITLES[family], found, notes, resolution, family == "sd2", version, architecture)
+
+
+def target_shapes(checkpoint: Checkpoint) -> dict[str, Shape]:
+    """Return the weights' shapes of the layers that a LoRA may go on, by saved name, from the header alone.
+
+    Raises:
+        UserError: some of the layers are not in the file.
+    """
+    shapes = _shapes(checkpoint)
+    layout = _require_layout(shapes)
+    parts = [
+        (keys.unet_targets(), _module_shapes(layout.unet, shapes), "U-Net"),
+        (keys.text_targets(layout.family), _module_shapes(layout.text, shapes), "text encoder"),
+    ]
+    found: dict[str, Shape] = {}
+    for targets, modules, part in parts:
+        wanted = {name: f"{module}.weight" for name, module in targets.items()}
+        _check_complete(checkpoint.path, part, missing=[w for w in wanted.values() if w not in modules])
+        found |= {name: modules[weight] for name, weight in wanted.items()}
+    return found
+
+
+def load(
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    vae: str | None,
+    prediction: str | None,
+    clip_skip: int,
+    ema: bool,
+) -> StableDiffusion:
+    """Load the model, frozen: U-Net and text encoder in `dtype`, the VAE in fp32, tensor by tensor.
+
+    Args:
+        vae: another VAE's file or folder instead of the model's own.
+        prediction: as for `describe`.
+        ema: take the moving average of the U-Net where the file has it beside the last weights.
+
+    Raises:
+        UserError: tensors are missing, unexpected or of another shape; there is no VAE; clip_skip is too large.
+    """
+    shapes = _shapes(checkpoint)
+    layout = _require_layout(shapes, is_ema=ema)
+    facts = describe(checkpoint, v2=None, prediction=prediction)
+    num_layers = keys.NUM_TEXT_LAYERS[layout.family]
+    if not 1 <= clip_skip <= num_layers:
+        raise UserError(f"clip skip {clip_skip}; {facts.title} has {num_layers} text layers, give 1 to {num_layers}.")
+    loader = _Loader(checkpoint, device)
+    unet = loader.load("U-Net", _make_unet(layout, loader), layout.unet, dtype)
+    text = loader.load("text encoder", _make_text_encoder(layout, loader), layout.text, dtype)
+    text.embeddings.register_buffer(
+        "position_ids", torch.arange(keys.NUM_POSITIONS, device=device)[None], persistent=False
+    )  # the only thing on the meta device that no file has
+    if vae is not None:
+        with open_checkpoint(Path(vae)) as other:
+            own_vae = _load_vae(_Loader(other, device), _require_vae(other))
+    elif layout.vae is not None:
+        own_vae = _load_vae(loader, layout.vae)
+    else:
+        raise UserError(f"{checkpoint.path} has no VAE in it; give one with --vae.")
+    return StableDiffusion(layout.family, unet, text, own_vae, facts.prediction, clip_skip)
+
+
+def _shapes(checkpoint: Checkpoint) -> dict[str, Shape]:
+    return {name: tuple(checkpoint.shape(name)) for name in checkpoint.names()}
+
+
+def _module_shapes(table: Table, stored: Mapping[str, Shape]) -> dict[str, Shape]:
+    return keys.shapes(table, stored)
+
+
+def _layout(shapes: Mapping[str, Shape], *, is_ema: bool = False) -> _Layout | None:
+    """Return where the parts are, or None for what is no SD1 or SD2."""
+    unet = _find_unet(shapes, is_ema=is_ema)
+    if unet is None or any(name.startswith(("text_encoder_2/", "text_encoder_3/")) for name in shapes):
+        return None
+    is_linear = len(_module_shapes(unet, shapes)[_PROJECTION]) == 2  # SD2 and later
+    families: tuple[Family, ...] = ("sd2", "sd1") if is_linear else ("sd1", "sd2")
+    for family in families:
+        for text in _text_tables(family, shapes):
+            if text[_TOKEN_EMBEDDING].name in shapes:
+                return _Layout(family, unet, text, _find_vae(shapes))
+    return None
+
+
+_TOKEN_EMBEDDING = "embeddings.token_embedding.weight"
+_PROJECTION = "down_blocks.0.attentions.0.proj_in.weight"
+_CONTEXT = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+
+
+def _find_unet(shapes: Mapping[str, Shape], *, is_ema: bool) -> Table | None:
+    plain, average = keys.ldm_unet(), keys.ldm_unet(is_ema=True)
+    tables = [average, plain] if is_ema else [plain, average]
+    return next(
+        (table for table in [*tables, keys.diffusers_unet()] if _has(table, shapes, _PROJECTION, _CONTEXT)), None
+    )
+
+
+def _text_tables(family: Family, shapes: Mapping[str, Shape]) -> list[Table]:
+    num_layers = keys.NUM_TEXT_LAYERS[family]
+    folder = [keys.clip_text(prefix, num_layers) for prefix in ("text_encoder/text_model.", "text_encoder/")]
+    return [keys.text_table(family, shapes), *folder]
+
+
+def _find_vae(shapes: Mapping[str, Shape]) -> Table | None:
+    """Return the VAE's table: in an original file, a diffusers folder, or a file or folder of its own in both namings."""
+    tables = [
+        keys.ldm_vae(),
+        keys.ldm_vae(""),
+        *(keys.diffusers_vae(prefix, is_old=is_old) for prefix in ("vae/", "") for is_old in (False, True)),
+    ]
+    query, first = "encoder.mid_block.attentions.0.to_q.weight", "encoder.down_blocks.0.resnets.0.conv1.weight"
+    return next((table for table in tables if _has(table, shapes, query, first)), None)
+
+
+def _has(table: Table, shapes: Mapping[str, Shape], *modules: str) -> bool:
+    return all(table[module].name in shapes for module in modules)
+
+
+def _require_layout(shapes: Mapping[str, Shape], *, is_ema: bool = False) -> _Layout:
+    layout = _layout(shapes, is_ema=is_ema)
+    assert layout is not None, "ask matches() first"
+    return layout
+
+
+def _require_vae(checkpoint: Checkpoint) -> Table:
+    table = _find_vae(_shapes(checkpoint))
+    if table is None:
+        raise UserError(
+            f"{checkpoint.path} holds no VAE of Stable Diffusion; --vae takes a VAE file, a diffusers VAE folder, or a "
+            "whole model with a VAE in it."
+        )
+    return table
+
+
+def _check_inputs(path: Path, unet: Mapping[str, Shape]) -> None:
+    channels = unet["conv_in.weight"][1]
+    if channels != StableDiffusion.latent_channels:
+        kind = _OTHER_INPUTS.get(channels, "a model of another kind")
+        raise UserError(
+            f"{path} is not supported yet: this is {kind} ({channels} input channels); expected a text-to-image model "
+            f"({StableDiffusion.latent_channels}). Train on the plain model: the LoRA works on both."
+        )
+
+
+def _find_prediction(checkpoint: Checkpoint, family: Family, given: str | None) -> tuple[Prediction, list[str]]:
+    """Return what the U-Net predicts, with a note where that is a guess."""
+    if given is not None:
+        return _PREDICTIONS[given], []
+    named = checkpoint.metadata.get("modelspec.prediction_type") or _config(checkpoint.path, "scheduler").get(
+        "prediction_type"
+    )
+    if named in _PREDICTIONS:
+        return _PREDICTIONS[named], []
+    if family == "sd1":
+        return "epsilon", []
+    if any(part in checkpoint.path.name.lower() for part in _V_PREDICTION_NAMES):
+        return "v_prediction", []
+    note = (
+        "the file does not say what this SD 2.x model predicts; v_prediction is assumed (the 768 models). For the 512 "
+        "base models give --prediction epsilon: with the wrong one the LoRA learns noise."
+    )
+    return "v_prediction", [note]
+
+
+def _details(checkpoint: Checkpoint) -> _Details:
+    """Return heads, groups and resolution as the metadata or a folder's configurations have them."""
+    if checkpoint.path.is_dir():
+        return _folder_details(checkpoint.path)
+    try:
+        stored = json.loads(checkpoint.metadata.get(ARCHITECTURE_KEY, "{}"))
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{checkpoint.path}: its metadata value {ARCHITECTURE_KEY} is not JSON ({error}); it was damaged by "
+            "whatever wrote the file, get it anew."
+        ) from error
+    return _Details(
+        unet_heads=_heads(stored.get("unet_heads")),
+        unet_groups=stored.get("unet_norm_groups", 32),
+        vae_groups=stored.get("vae_norm_groups", 32),
+        text_heads=stored.get("text_heads"),
+        resolution=_square(stored.get("resolution")),
+    )
+
+
+def _folder_details(folder: Path) -> _Details:
+    unet, text = _config(folder, "unet"), _config(folder, "text_encoder")
+    vae = _config(folder, "vae") or _config(folder, ".")
+    sample_size = unet.get("sample_size")
+    heads = unet.get("num_attention_heads") or unet.get("attention_head_dim", 8)  # diffusers misnames it so
+    return _Details(
+        unet_heads=_heads(heads),
+        unet_groups=unet.get("norm_num_groups", 32),
+        vae_groups=vae.get("norm_num_groups", 32),
+        text_heads=text.get("num_attention_heads"),
+        resolution=_square(sample_size and sample_size * StableDiffusion.latent_factor),
+    )
+
+
+def _config(folder: Path, part: str) -> dict[str, Any]:
+    """Return a part's configuration in a diffusers folder; {} where there is none."""
+    path = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); get the model folder anew.") from error
+
+
+def _heads(value: int | list[int] | None) -> int | tuple[int, ...] | None:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _square(value: int | list[int] | None) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+# --- modules, empty and filled ----------------------------------------------------------------------------------------
+
+
+class _Loader:
+    """Fills modules from a checkpoint."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
+        self.checkpoint, self._device = checkpoint, device
+        self.shapes = _shapes(checkpoint)
+
+    @cached_property
+    def details(self) -> _Details:
+        return _details(self.checkpoint)
+
+    def shape(self, table: Table, module: str) -> Shape:
+        """Return a tensor's shape.
+
+        Raises:
+            UserError: the file does not have it.
+        """
+        name = table[module].name
+        if name not in self.shapes:
+            _check_complete(self.checkpoint.path, "model", missing=[name])
+        return table[module].shape(self.shapes[name])
+
+    def load(self, part: str, empty: nn.Module, table: Table, dtype: torch.dtype) -> Any:
+        """Return the module, made on the meta device, with the file's tensors, frozen."""
+        expected = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
+        found = keys.shapes(table, self.shapes)
+        _check_complete(
+            self.checkpoint.path,
+            part,
+            missing=[name for name in expected if name not in found],
+            unexpected=[name for name in found if name not in expected] + keys.strangers(table, self.shapes),
+            other=[
+                f"{name} is {found[name]}, expected {shape}"
+                for name, shape in expected.items()
+                if found.get(name, shape) != shape
+            ],
+        )
+        tensors = keys.read(table, self.shapes.keys(), self.checkpoint.tensor)
+        state = {name: tensor.to(self._device, dtype, copy=True).contiguous() for name, tensor in tensors}
+        empty.load_state_dict(state, strict=True, assign=True)
+        return empty.requires_grad_(False).eval()
+
+
+def _check_complete(
+    path: Path,
+    part: str,
+    *,
+    missing: Collection[str],
+    unexpected: Collection[str] = (),
+    other: Collection[str] = (),
+) -> None:
+    """Raise one report of all that does not fit."""
+    problems = {"missing": missing, "unexpected": unexpected, "of another shape": other}
+    listed = [f"{len(names)} {kind}: {_shorten(names)}" for kind, names in problems.items() if names]
+    if listed:
+        raise UserError(
+            f"{path}: the {part}'s tensors are not those of Stable Diffusion; {'; '.join(listed)}. The file is damaged, "
+            "incomplete or of another model; get it anew, or give another base model."
+        )
+
+
+def _shorten(names: Collection[str]) -> str:
+    rest = len(names) - _NUM_SHOWN
+    return ", ".join(list(names)[:_NUM_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _make_unet(layout: _Layout, loader: _Loader) -> nn.Module:
+    table, levels = layout.unet, range(keys.NUM_LEVELS)
+    widths = tuple(loader.shape(table, f"down_blocks.{level}.resnets.0.conv1.weight")[0] for level in levels)
+    heads = loader.details.unet_heads
+    if heads is None:  # SD1: 8 heads of any width; SD2: any number, 64 wide
+        heads = 8 if layout.family == "sd1" else tuple(max(1, width // 64) for width in widths)
+    build: Any = UNet2DConditionModel
+    with torch.device("meta"):
+        return build(
+            sample_size=64,
+            in_channels=StableDiffusion.latent_channels,
+            out_channels=StableDiffusion.latent_channels,
+            down_block_types=(*["CrossAttnDownBlock2D"] * (keys.NUM_LEVELS - 1), "DownBlock2D"),
+            up_block_types=("UpBlock2D", *["CrossAttnUpBlock2D"] * (keys.NUM_LEVELS - 1)),
+            block_out_channels=widths,
+            layers_per_block=keys.NUM_LAYERS,
+            cross_attention_dim=loader.shape(table, _CONTEXT)[1],
+            attention_head_dim=heads,  # diffusers' misnomer: it is the number of heads
+            norm_num_groups=loader.details.unet_groups,
+            use_linear_projection=len(loader.shape(table, _PROJECTION)) == 2,
+            upcast_attention=layout.family == "sd2",  # SD2's scores overflow fp16 where they are computed explicitly
+        )
+
+
+def _make_text_encoder(layout: _Layout, loader: _Loader) -> nn.Module:
+    num_tokens, width = loader.shape(layout.text, _TOKEN_EMBEDDING)
+    build: Any = CLIPTextConfig
+    config = build(
+        vocab_size=num_tokens,
+        hidden_size=width,
+        intermediate_size=loader.shape(layout.text, "encoder.layers.0.mlp.fc1.weight")[0],
+        num_hidden_layers=keys.NUM_TEXT_LAYERS[layout.family],
+        num_attention_heads=loader.details.text_heads or (12 if layout.family == "sd1" else 16),
+        max_position_embeddings=keys.NUM_POSITIONS,
+        hidden_act="quick_gelu" if layout.family == "sd1" else "gelu",
+        bos_token_id=tokenizer.START,
+        eos_token_id=tokenizer.END,
+        pad_token_id=_PAD[layout.family],
+    )
+    with torch.device("meta"):
+        return CLIPTextModel(config)
+
+
+def _load_vae(loader: _Loader, table: Table) -> Any:
+    widths = tuple(
+        loader.shape(table, f"encoder.down_blocks.{level}.resnets.0.conv1.weight")[0]
+        for level in range(keys.NUM_LEVELS)
+    )
+    build: Any = AutoencoderKL
+    with torch.device("meta"):
+        empty = build(
+            in_channels=3,
+            out_channels=3,
+            down_block_types=("DownEncoderBlock2D",) * keys.NUM_LEVELS,
+            up_block_types=("UpDecoderBlock2D",) * keys.NUM_LEVELS,
+            block_out_channels=widths,
+            layers_per_block=keys.NUM_LAYERS,
+            latent_channels=StableDiffusion.latent_channels,
+            norm_num_groups=loader.details.vae_groups,
+        )
+    return loader.load("VAE", empty, table, torch.float32)
