@@ -37,8 +37,8 @@ def write_tiny(
     Args:
         layout: `safetensors` or `ckpt` (original single files), or `diffusers` (a folder).
         prediction: what the file says that it predicts; None: it does not say.
-        width: channels of the first level, a multiple of 8. At less than 32 there are fewer norm groups than 32, which a
-            ckpt cannot say.
+        width: channels of the first level, a multiple of 8. Below 32 there are fewer norm groups than 32, which a ckpt
+            cannot say.
         resolution: native pixels on a side, where the file says so.
     """
     unet, vae, text = build_tiny(family, seed=seed, width=width, resolution=resolution or 64)

@@ -1,6 +1,7 @@
 """Which model family a checkpoint is of, told by the names and shapes in its header, and what goes on from there.
 
-A family is a file in `lorasmith/models` with `matches`, `describe`, `target_shapes` and `load`, as `models/sd.py` has them.
+A family is a file in `lorasmith/models` with the functions `matches`, `describe`, `target_shapes` and `load`, as
+`models/sd.py` has them.
 """
 
 from collections.abc import Callable, Mapping
@@ -142,8 +143,8 @@ _OTHERS: list[tuple[str, Callable[[Shapes], bool]]] = [
         ),
     ),
     (
-        "has a U-Net but no text encoder; a base model has U-Net, text encoder and VAE in one file or diffusers folder. "
-        "Give the complete model.",
+        "has a U-Net but no text encoder that is known here; a base model has U-Net, text encoder and VAE in one file "
+        "or diffusers folder. Give the complete model.",
         _any_starts("model.diffusion_model.", "unet/", "input_blocks.", "down_blocks."),
     ),
     (

@@ -23,6 +23,8 @@ class ModelFacts:
         resolution: pixels (w, h) that the model was trained at.
         base_model_version: as sd-scripts writes it into LoRA files.
         architecture: as ModelSpec spells it, without `/lora`.
+        num_values: weights of the `denoiser`, `text_encoder` and `vae`; a VAE that is not in the file counts 0.
+        width: channels of the denoiser's finest level.
     """
 
     family: str
@@ -33,6 +35,10 @@ class ModelFacts:
     is_v2: bool
     base_model_version: str
     architecture: str
+    num_values: dict[str, int]
+    width: int
+    text_width: int
+    num_text_layers: int
 
 
 class LatentDiffusion(nn.Module, ABC):

@@ -6,8 +6,9 @@ unless the file says otherwise: a diffusers folder in its config.json, a miniatu
 """
 
 import json
+import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,18 @@ class StableDiffusion(LatentDiffusion):
 
     latent_factor = 8
     latent_channels = 4
+    denoiser: Any  # UNet2DConditionModel; Any, since nn.Module's attributes are "Tensor or Module" to a type checker
+    text_encoder: Any  # CLIPTextModel
+    vae: Any  # AutoencoderKL
 
     def __init__(
-        self, family: Family, denoiser: Any, text_encoder: Any, vae: Any, prediction: Prediction, clip_skip: int = 1
+        self,
+        family: Family,
+        denoiser: UNet2DConditionModel,
+        text_encoder: CLIPTextModel,
+        vae: AutoencoderKL,
+        prediction: Prediction,
+        clip_skip: int = 1,
     ) -> None:
         super().__init__()
         self.family: Family = family
@@ -100,7 +110,7 @@ class StableDiffusion(LatentDiffusion):
         return self._tokenizer(captions, add_special_tokens=False)["input_ids"] if captions else []
 
     def _token_ids(self, captions: list[str]) -> Tensor:
-        """Return (B, 77): start, the caption, end, padding. Written here because CLIPTokenizer's pad token is special."""
+        """Return (B, 77): start, caption, end, padding. A pad token would change how the tokenizer reads captions."""
         rows = torch.full((len(captions), tokenizer.NUM_POSITIONS), _PAD[self.family])
         for row, tokens in zip(rows, self._tokens(captions), strict=True):
             ids = [tokenizer.START, *tokens[:_MAX_TOKENS], tokenizer.END]
@@ -165,7 +175,25 @@ def describe(checkpoint: Checkpoint, *, v2: bool | None, prediction: str | None)
         version = "sd_v2_v" if is_v else "sd_v2"
         architecture = "stable-diffusion-v2-768-v" if is_v else "stable-diffusion-v2-512"
     resolution = _details(checkpoint).resolution or (side, side)
-    return ModelFacts(family, _TITLES[family], found, notes, resolution, family == "sd2", version, architecture)
+    parts = {
+        "denoiser": _module_shapes(layout.unet, shapes),
+        "text_encoder": _module_shapes(layout.text, shapes),
+        "vae": _module_shapes(layout.vae or {}, shapes),
+    }
+    return ModelFacts(
+        family=family,
+        title=_TITLES[family],
+        prediction=found,
+        notes=notes,
+        resolution=resolution,
+        is_v2=family == "sd2",
+        base_model_version=version,
+        architecture=architecture,
+        num_values={part: sum(map(math.prod, modules.values())) for part, modules in parts.items()},
+        width=parts["denoiser"]["conv_in.weight"][0],
+        text_width=parts["text_encoder"][_TOKEN_EMBEDDING][1],
+        num_text_layers=keys.NUM_TEXT_LAYERS[family],
+    )
 
 
 def target_shapes(checkpoint: Checkpoint) -> dict[str, Shape]:
@@ -272,7 +300,7 @@ def _text_tables(family: Family, shapes: Mapping[str, Shape]) -> list[Table]:
 
 
 def _find_vae(shapes: Mapping[str, Shape]) -> Table | None:
-    """Return the VAE's table: in an original file, a diffusers folder, or a file or folder of its own in both namings."""
+    """Return the VAE's table: in an original file, a diffusers folder, or a file of its own in either naming."""
     tables = [
         keys.ldm_vae(),
         keys.ldm_vae(""),
@@ -446,8 +474,8 @@ def _check_complete(
     listed = [f"{len(names)} {kind}: {_shorten(names)}" for kind, names in problems.items() if names]
     if listed:
         raise UserError(
-            f"{path}: the {part}'s tensors are not those of Stable Diffusion; {'; '.join(listed)}. The file is damaged, "
-            "incomplete or of another model; get it anew, or give another base model."
+            f"{path}: the {part}'s tensors are not those of Stable Diffusion; {'; '.join(listed)}. The file is "
+            "damaged, incomplete or of another model; get it anew, or give another base model."
         )
 
 

@@ -74,7 +74,7 @@ class Parts:
     kept: dict[str, Tensor]
 
 
-# --- modules: diffusers' name -> LDM's ---------------------------------------------------------------------------------
+# --- modules: diffusers' name -> LDM's ------------------------------------------------------------------------------
 
 
 def _unet_modules() -> dict[str, str]:
@@ -176,7 +176,9 @@ def _tensors(modules: Mapping[str, str]) -> dict[str, str]:
     return {f"{ours}.{end}": f"{theirs}.{end}" for ours, theirs in modules.items() for end in _ENDS}
 
 
-# to_q, to_k and to_v of the U-Net and a few more have no bias; a table may name more than a model has
+# A table may name more than a model has: not every layer has a bias, or every resnet a shortcut.
+
+
 def ldm_unet(*, is_ema: bool = False) -> Table:
     """Return the U-Net's table for original files, or for the moving average that some training files hold as well."""
     names = {module: UNET + name for module, name in _tensors(_UNET_MODULES).items()}
