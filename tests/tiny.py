@@ -59,11 +59,28 @@ def build_tiny(
     family: str = "sd1", *, seed: int = 0, width: int = 32, resolution: int = 64
 ) -> tuple[UNet2DConditionModel, AutoencoderKL, CLIPTextModel]:
     """Return the U-Net, VAE and text encoder of a random model."""
-    widths, groups, text_width = (width, 2 * width, 3 * width, 3 * width), min(32, width), _TEXT_WIDTH[family]
+    widths = (width, 2 * width, 3 * width, 3 * width)
+    unet, vae, text = make_empty(family, widths, widths, _TEXT_WIDTH[family], min(32, width), resolution)
+    generator = torch.Generator().manual_seed(seed)
+    for part in (unet, vae, text):
+        _fill(part, generator)
+    text.embeddings.register_buffer("position_ids", torch.arange(77)[None], persistent=False)
+    return unet, vae, text
+
+
+def make_empty(
+    family: str,
+    widths: tuple[int, ...],
+    vae_widths: tuple[int, ...],
+    text_width: int,
+    groups: int = 32,
+    resolution: int = 512,
+) -> tuple[UNet2DConditionModel, AutoencoderKL, CLIPTextModel]:
+    """Return U-Net, VAE and text encoder of Stable Diffusion's structure and these widths, on the meta device."""
     make_unet: Any = UNet2DConditionModel
     make_vae: Any = AutoencoderKL
     make_config: Any = CLIPTextConfig
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+    with torch.device("meta"):
         unet = make_unet(
             sample_size=resolution // 8, in_channels=4, out_channels=4, block_out_channels=widths, layers_per_block=2,
             down_block_types=(*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"),
@@ -73,7 +90,7 @@ def build_tiny(
             upcast_attention=family == "sd2",
         )  # fmt: skip
         vae = make_vae(
-            in_channels=3, out_channels=3, block_out_channels=widths, layers_per_block=2, latent_channels=4,
+            in_channels=3, out_channels=3, block_out_channels=vae_widths, layers_per_block=2, latent_channels=4,
             down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
             norm_num_groups=groups, sample_size=resolution,
         )  # fmt: skip
@@ -85,11 +102,7 @@ def build_tiny(
                 bos_token_id=49406, eos_token_id=49407, pad_token_id=49407,
             )
         )  # fmt: skip
-    generator = torch.Generator().manual_seed(seed)
-    for part in (unet, vae, text):
-        _fill(part, generator)
-    text.embeddings.register_buffer("position_ids", torch.arange(77)[None], persistent=False)
-    return unet, vae, text
+    return unet.requires_grad_(False).eval(), vae.requires_grad_(False).eval(), text.requires_grad_(False).eval()
 
 
 def openclip_rest(family: str) -> dict[str, Tensor]:
@@ -112,7 +125,7 @@ def openclip_rest(family: str) -> dict[str, Tensor]:
 
 def _fill(part: nn.Module, generator: torch.Generator) -> None:
     """Put random weights into a module on the meta device, scaled so that nothing grows from layer to layer."""
-    part.to_empty(device="cpu").requires_grad_(False).eval()
+    part.to_empty(device="cpu")
     for name, tensor in part.named_parameters():
         tensor.normal_(generator=generator)
         if "embedding.weight" in name:
