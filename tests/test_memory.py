@@ -66,6 +66,21 @@ def test_checkpointing_recomputes_both_parts_and_changes_no_gradient(trained: tu
         assert torch.equal(found[name], gradient), name
 
 
+@pytest.mark.parametrize("pattern, clip_skip", [("lora_unet_*", 1), ("lora_te_*", 1), ("lora_te_*_layers_[0-9]_*", 3)])
+def test_checkpointing_reaches_adapters_in_one_part_alone(pattern: str, clip_skip: int, path: Path) -> None:
+    """No input of either part requires gradients then."""
+    with open_checkpoint(path) as checkpoint:
+        model = model_families.load(checkpoint, dtype=torch.float32, device=CPU, clip_skip=clip_skip)
+    network = Network.create(model.adapter_targets(), [Rule(pattern=pattern, rank=2)], seed=0)
+    network.attach()
+    found = []
+    for enabled in (False, True):
+        memory.set_gradient_checkpointing(model, enabled)
+        found.append(gradients(model, network))
+    assert all(torch.equal(found[1][name], gradient) for name, gradient in found[0].items())
+    assert any(gradient.abs().max() > 0 for gradient in found[0].values())
+
+
 def test_checkpointing_can_be_taken_back_and_leaves_no_trace(trained: tuple[Any, Network]) -> None:
     model, _ = trained
     memory.set_gradient_checkpointing(model, True)
