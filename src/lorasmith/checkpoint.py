@@ -1,0 +1,431 @@
+"""Reads and writes files of tensors: `.safetensors`, torch's `.ckpt`/`.pt`/`.bin` (nothing in them is executed), and
+diffusers folders. Tensors are read when asked for, one at a time; files are written beside their place and renamed.
+"""
+
+import difflib
+import errno
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import struct
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import safetensors
+import torch
+from safetensors.torch import save as serialize
+from torch import Tensor
+
+from lorasmith.errors import UserError
+from lorasmith.inert_pickle import InertUnpickler, StorageKey, TensorDescription
+
+_MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
+_MAGIC_NUMBER = 0x1950A86A20F9469CFC6C  # starts a legacy torch file
+_PARTS = ("unet", "vae", "text_encoder")
+_NESTED = ("state_dict", "model", "module")
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class _Reader(Protocol):
+    """One file: what it holds and how a tensor of it is read."""
+
+    metadata: dict[str, str]
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+    def tensor(self, name: str) -> Tensor: ...
+
+
+class Checkpoint:
+    """Tensors by name, read lazily. A context manager: files are closed at its end.
+
+    format: `safetensors`, `torch` or `diffusers`. metadata: the safetensors header's strings.
+    configs: a diffusers folder's JSON files by part (`unet`, `scheduler`, ...), else empty.
+    """
+
+    def __init__(
+        self, path: Path, format: str, readers: Mapping[str, _Reader], configs: Mapping[str, dict[str, Any]], stack: ExitStack
+    ) -> None:
+        self.path, self.format, self.configs = path, format, dict(configs)
+        self.metadata: dict[str, str] = {}
+        self._places: dict[str, tuple[_Reader, str]] = {}
+        for prefix, reader in readers.items():
+            self.metadata.update(reader.metadata)
+            start = prefix.partition("#")[0]
+            self._places.update({start + name: (reader, name) for name in reader.shapes})
+        self._stack = stack
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def names(self) -> list[str]:
+        """Return every tensor's name, in the order of the file."""
+        return list(self._places)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        reader, own = self._places[name]
+        return reader.shapes[own][0]
+
+    def dtype(self, name: str) -> torch.dtype:
+        reader, own = self._places[name]
+        return reader.shapes[own][1]
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one tensor onto the CPU."""
+        reader, own = self._places[name]
+        return reader.tensor(own)
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a model or LoRA: a file, told by its content, a diffusers folder, or a hub id (`organisation/name`).
+
+    Raises:
+        UserError: missing, empty, truncated, something else, or a pickle that tries to run code.
+    """
+    given, path = str(path), Path(path)
+    if not path.exists():
+        path = _download(given) if _is_hub_id(given) else _refuse_missing(path)
+    with ExitStack() as stack:
+        if path.is_dir():
+            readers, configs = _open_folder(path, stack)
+            return Checkpoint(path, "diffusers", readers, configs, stack.pop_all())
+        format, reader = _open_file(path, stack)
+        return Checkpoint(path, format, {"": reader}, {}, stack.pop_all())
+
+
+def _open_file(path: Path, stack: ExitStack) -> tuple[str, _Reader]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(512)
+    if not size:
+        raise UserError(f"{path} is empty (0 bytes); download or copy it again.")
+    if start.lstrip()[:9].lower().startswith((b"<!doctype", b"<html")):
+        raise UserError(f"{path} is a web page, not a model: the download saved the site's page; download the file itself.")
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path} is a git-lfs pointer, not the model; run `git lfs pull`, or download the file itself.")
+    if start.startswith(b"PK\x03\x04"):
+        return "torch", _TorchZip(path, stack)
+    if start[8:9] == b"{" or path.suffix == ".safetensors":  # before the pickles: a length too can start with 0x80
+        return "safetensors", _SafeTensors(path, size, stack)
+    if start[:1] == b"\x80":
+        return "torch", _TorchLegacy(path, stack)
+    raise UserError(
+        f"{path} is no model file: it starts with {start[:8]!r}. Expected are .safetensors, .ckpt, .pt or .bin files, "
+        "or a diffusers folder."
+    )
+
+
+class _SafeTensors:
+    def __init__(self, path: Path, size: int, stack: ExitStack) -> None:
+        header = _read_header(path, size)
+        self.metadata = dict(header.pop("__metadata__", {}))
+        self.shapes = {name: (tuple(info["shape"]), _SAFE_DTYPES[info["dtype"]]) for name, info in header.items()}
+        try:
+            self._file = stack.enter_context(safetensors.safe_open(path, "pt"))  # type: ignore[no-untyped-call]
+        except safetensors.SafetensorError as error:
+            raise UserError(f"{path} is damaged ({error}); download or copy it again.") from error
+
+    def tensor(self, name: str) -> Tensor:
+        return self._file.get_tensor(name)
+
+
+_SAFE_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+
+def _read_header(path: Path, size: int) -> dict[str, Any]:
+    """Return a safetensors header after checking that it and the file's size agree."""
+    again = "the download or copy was cut short or damaged; get the file again."
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+        if length > _MAX_HEADER or length + 8 > size:
+            raise UserError(f"{path} is no whole .safetensors file (its header would be {length} of {size} bytes): {again}")
+        text = file.read(length)
+    try:
+        header = json.loads(text)
+        ends = [info["data_offsets"][1] for name, info in header.items() if name != "__metadata__"]
+        dtypes = {info["dtype"] for name, info in header.items() if name != "__metadata__"}
+        metadata = header.get("__metadata__", {})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: its header cannot be read: {again}") from error
+    expected = 8 + length + max(ends, default=0)
+    if size != expected:
+        raise UserError(f"{path} has {size} bytes, but {expected} are announced in its header: {again}")
+    if unknown := sorted(dtypes - _SAFE_DTYPES.keys()):
+        raise UserError(f"{path} holds numbers of type {', '.join(unknown)}, which are not read here; convert it to fp16.")
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise UserError(f"{path}: the metadata in its header are not all text: {again}")
+    return header
+
+
+class _Torch:
+    """What both torch layouts share: descriptions by name; a storage is read when a tensor of it is."""
+
+    metadata: dict[str, str] = {}
+
+    def __init__(self, path: Path, content: Any) -> None:
+        self._descriptions = _tensors_in(content)
+        if not self._descriptions:
+            raise UserError(f"{path} holds no tensors by name; expected is a model or LoRA (a dict of tensors).")
+        self.shapes = {name: (d.shape, d.storage.dtype) for name, d in self._descriptions.items()}
+
+    def tensor(self, name: str) -> Tensor:
+        description = self._descriptions[name]
+        storage = self._storage(description.storage)
+        return torch.as_strided(storage, description.shape, description.stride, description.offset).clone()
+
+    def _storage(self, key: StorageKey) -> Tensor:
+        """Return all elements of a storage, 1-D."""
+        raise AssertionError("defined by both layouts")
+
+
+class _TorchZip(_Torch):
+    def __init__(self, path: Path, stack: ExitStack) -> None:
+        try:
+            self._zip = stack.enter_context(zipfile.ZipFile(path))
+            pickles = [name for name in self._zip.namelist() if name.rpartition("/")[2] == "data.pkl"]
+            if not pickles:
+                raise UserError(f"{path} is a zip archive without a model in it; unpack it, or give the model itself.")
+            self._folder = pickles[0].rpartition("/")[0]
+            with self._zip.open(pickles[0]) as file:
+                content = _unpickle(file, path)
+        except zipfile.BadZipFile as error:
+            raise UserError(f"{path} is truncated or damaged ({error}); download or copy it again.") from error
+        self._path = path
+        super().__init__(path, content)
+
+    def _storage(self, key: StorageKey) -> Tensor:
+        try:
+            data = bytearray(self._zip.read(f"{self._folder}/data/{key.key}".lstrip("/")))
+        except (KeyError, zipfile.BadZipFile) as error:
+            raise UserError(f"{self._path} is truncated or damaged ({error}); download or copy it again.") from error
+        return torch.frombuffer(data, dtype=key.dtype) if data else torch.empty(0, dtype=key.dtype)
+
+
+class _TorchLegacy(_Torch):
+    """The layout before torch 1.6: five pickles, then each storage as a count and its elements."""
+
+    def __init__(self, path: Path, stack: ExitStack) -> None:
+        self._file: IO[bytes] = stack.enter_context(path.open("rb"))
+        magic = _unpickle(self._file, path)
+        if magic != _MAGIC_NUMBER:
+            super().__init__(path, magic)  # a bare pickle: no tensors to be had, said in the same words
+            return
+        for _ in range(2):  # protocol version, system information
+            _unpickle(self._file, path)
+        content, keys = _unpickle(self._file, path), _unpickle(self._file, path)
+        super().__init__(path, content)
+        dtypes = {d.storage.key: d.storage.dtype for d in self._descriptions.values()}
+        self._offsets: dict[str, int] = {}
+        end = path.stat().st_size
+        for key in map(str, keys):
+            count = struct.unpack("<q", self._file.read(8).ljust(8, b"\0"))[0]
+            self._offsets[key] = self._file.tell()
+            self._file.seek(count * dtypes.get(key, torch.float32).itemsize, os.SEEK_CUR)
+            if self._file.tell() > end:
+                raise UserError(f"{path} is truncated; download or copy it again.")
+
+    def _storage(self, key: StorageKey) -> Tensor:
+        self._file.seek(self._offsets[key.key])
+        return torch.frombuffer(bytearray(self._file.read(key.size * key.dtype.itemsize)), dtype=key.dtype)
+
+
+def _unpickle(file: IO[bytes], path: Path) -> Any:
+    try:
+        return InertUnpickler(file, str(path)).load()
+    except UserError:
+        raise
+    except Exception as error:  # a damaged pickle can fail in any way at all; none of it is ours
+        raise UserError(f"{path} cannot be read ({error}): it is damaged or no model; download or copy it again.") from error
+
+
+def _tensors_in(content: Any) -> dict[str, TensorDescription]:
+    """Return the named tensors of a checkpoint, out of `state_dict` and the like."""
+    if not isinstance(content, dict):
+        return {}
+    for name in _NESTED:
+        if isinstance(content.get(name), dict) and (nested := _tensors_in(content[name])):
+            return nested
+    return {str(name): value for name, value in content.items() if isinstance(value, TensorDescription)}
+
+
+def _open_folder(path: Path, stack: ExitStack) -> tuple[dict[str, _Reader], dict[str, dict[str, Any]]]:
+    """Open a diffusers folder, or one component of it."""
+    configs = {
+        file.parent.name: json.loads(file.read_text(encoding="utf-8"))
+        for pattern in ("*/config.json", "*/scheduler_config.json")
+        for file in sorted(path.glob(pattern))
+    }
+    readers: dict[str, _Reader] = {}
+    for part in _PARTS:
+        for number, file in enumerate(_weight_files(path / part)):
+            readers[f"{part}/#{number}"] = _open_file(file, stack)[1]
+    if not readers:
+        for number, file in enumerate(_weight_files(path)):
+            readers[f"#{number}"] = _open_file(file, stack)[1]
+    if not readers:
+        inside = sorted(file.name for file in path.iterdir() if file.suffix in (".safetensors", ".ckpt", ".pt"))
+        hint = f"give one of the files in it: {', '.join(inside[:5])}" if inside else "give a model file"
+        raise UserError(f"{path} is no diffusers model (which has folders unet, vae, text_encoder); {hint}.")
+    return readers, configs
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Return a component's weights: sharded or single, full or fp16, safetensors before bin."""
+    for stem in ("diffusion_pytorch_model", "model", "pytorch_model"):
+        for ending in ("safetensors", "fp16.safetensors", "bin", "fp16.bin"):
+            if (file := folder / f"{stem}.{ending}").is_file():
+                return [file]
+            index = folder / f"{stem}.{ending}.index.json"
+            if index.is_file():
+                shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+                return [folder / name for name in sorted(set(shards))]
+    return []
+
+
+def _is_hub_id(text: str) -> bool:
+    parts = text.split("/")
+    return len(parts) == 2 and all(parts) and not text.startswith((".", "~")) and Path(text).suffix not in _SUFFIXES
+
+
+_SUFFIXES = {".safetensors", ".ckpt", ".pt", ".bin", ".pth"}
+
+
+def _download(name: str) -> Path:
+    """Fetch a diffusers model from the Hugging Face hub, or find it in the local cache."""
+    from huggingface_hub import snapshot_download  # only this way of naming a model needs it
+
+    patterns = [f"{part}/*.{ending}" for part in _PARTS for ending in ("safetensors", "json")]
+    try:
+        return Path(snapshot_download(name, allow_patterns=[*patterns, "scheduler/*.json", "model_index.json"]))
+    except Exception as error:  # the hub client raises many kinds: offline, not found, gated
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{name} is no file or folder here, and the hub did not give it ({reason}); "
+            "give the path of a downloaded model, or check the name and the connection."
+        ) from error
+
+
+def _refuse_missing(path: Path) -> Path:
+    folder = path.parent
+    near = difflib.get_close_matches(path.name, os.listdir(folder), n=1, cutoff=0.5) if folder.is_dir() else []
+    hint = f"did you mean {folder / near[0]}?" if near else "check the path."
+    raise UserError(f"{path}: there is no such file or folder; {hint}")
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; when the block ends well it takes the place of `path` in one step.
+
+    Raises:
+        UserError: the disk is full. An older file is then left as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        with _explained(path):
+            yield temporary
+            temporary.chmod(0o666 & ~_umask())
+            _sync(temporary)
+            os.replace(temporary, path)
+            _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def synced_folder(target: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `target`; when the block ends well it takes the place of `target`.
+
+    Raises:
+        UserError: the disk is full. An older folder is then left as it was.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        with _explained(target):
+            yield temporary
+            for file in temporary.iterdir():
+                _sync(file)
+            temporary.chmod(0o777 & ~_umask())
+            if target.exists():
+                shutil.rmtree(target)
+            os.replace(temporary, target)
+            _sync(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn a full disk into a message."""
+    try:
+        yield
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        code = error.errno if isinstance(error, OSError) else None
+        if code not in _NO_SPACE and "No space left" not in str(error):
+            raise
+        free = shutil.disk_usage(path.parent).free
+        raise UserError(
+            f"{path} could not be saved: the disk is full ({free / 2**20:.0f} MiB free). "
+            "Whatever was there before is untouched; make room and go on with --resume, or save elsewhere (--output)."
+        ) from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync(path: Path) -> None:
+    """Have a file or folder written to the disk; Windows has no such call for folders."""
+    if os.name == "nt" and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() or os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a `.safetensors` file atomically; equal input gives equal bytes."""
+    data = serialize({name: tensor.contiguous() for name, tensor in tensors.items()})
+    length = struct.unpack("<Q", data[:8])[0]
+    header = {"__metadata__": dict(sorted(metadata.items())), **json.loads(data[8 : 8 + length])}
+    text = json.dumps(header if metadata else json.loads(data[8 : 8 + length]), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the tensors start at a multiple of 8, as safetensors itself has it
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(memoryview(data)[8 + length :])
+
+
+def write_torch(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a plain dict of tensors with torch, atomically."""
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
+        torch.save(dict(tensors), file)
+
+
+def file_sha256(path: str | Path) -> str:
+    """Return the SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
