@@ -7,7 +7,6 @@ import errno
 import hashlib
 import json
 import os
-import pickle
 import shutil
 import struct
 import tempfile
@@ -49,7 +48,12 @@ class Checkpoint:
     """
 
     def __init__(
-        self, path: Path, format: str, readers: Mapping[str, _Reader], configs: Mapping[str, dict[str, Any]], stack: ExitStack
+        self,
+        path: Path,
+        format: str,
+        readers: Mapping[str, _Reader],
+        configs: Mapping[str, dict[str, Any]],
+        stack: ExitStack,
     ) -> None:
         self.path, self.format, self.configs = path, format, dict(configs)
         self.metadata: dict[str, str] = {}
@@ -108,7 +112,7 @@ def _open_file(path: Path, stack: ExitStack) -> tuple[str, _Reader]:
     if not size:
         raise UserError(f"{path} is empty (0 bytes); download or copy it again.")
     if start.lstrip()[:9].lower().startswith((b"<!doctype", b"<html")):
-        raise UserError(f"{path} is a web page, not a model: the download saved the site's page; download the file itself.")
+        raise UserError(f"{path} is a web page, not a model: the site's page was saved; download the file itself.")
     if start.startswith(b"version https://git-lfs"):
         raise UserError(f"{path} is a git-lfs pointer, not the model; run `git lfs pull`, or download the file itself.")
     if start.startswith(b"PK\x03\x04"):
@@ -151,7 +155,7 @@ def _read_header(path: Path, size: int) -> dict[str, Any]:
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
         if length > _MAX_HEADER or length + 8 > size:
-            raise UserError(f"{path} is no whole .safetensors file (its header would be {length} of {size} bytes): {again}")
+            raise UserError(f"{path} is no whole .safetensors file (header of {length}, file of {size} bytes): {again}")
         text = file.read(length)
     try:
         header = json.loads(text)
@@ -164,7 +168,7 @@ def _read_header(path: Path, size: int) -> dict[str, Any]:
     if size != expected:
         raise UserError(f"{path} has {size} bytes, but {expected} are announced in its header: {again}")
     if unknown := sorted(dtypes - _SAFE_DTYPES.keys()):
-        raise UserError(f"{path} holds numbers of type {', '.join(unknown)}, which are not read here; convert it to fp16.")
+        raise UserError(f"{path} holds numbers of type {', '.join(unknown)}, not read here; convert it to fp16.")
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise UserError(f"{path}: the metadata in its header are not all text: {again}")
     return header
@@ -173,9 +177,8 @@ def _read_header(path: Path, size: int) -> dict[str, Any]:
 class _Torch:
     """What both torch layouts share: descriptions by name; a storage is read when a tensor of it is."""
 
-    metadata: dict[str, str] = {}
-
     def __init__(self, path: Path, content: Any) -> None:
+        self.metadata: dict[str, str] = {}
         self._descriptions = _tensors_in(content)
         if not self._descriptions:
             raise UserError(f"{path} holds no tensors by name; expected is a model or LoRA (a dict of tensors).")
@@ -248,7 +251,7 @@ def _unpickle(file: IO[bytes], path: Path) -> Any:
     except UserError:
         raise
     except Exception as error:  # a damaged pickle can fail in any way at all; none of it is ours
-        raise UserError(f"{path} cannot be read ({error}): it is damaged or no model; download or copy it again.") from error
+        raise UserError(f"{path} cannot be read ({error}): damaged or no model; download or copy it again.") from error
 
 
 def _tensors_in(content: Any) -> dict[str, TensorDescription]:

@@ -1,4 +1,4 @@
-"""Errors that are a user's to mend: their message is shown alone, without a traceback, and the program exits with code 2."""
+"""Errors that are a user's to mend: the message is shown alone, without a traceback, and the exit code is 2."""
 
 
 class UserError(ValueError):

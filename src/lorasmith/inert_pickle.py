@@ -24,13 +24,10 @@ _HARMLESS_BUILTINS = {"dict", "list", "tuple", "set", "frozenset", "int", "float
                       "bytearray", "slice", "range", "object", "Exception"}  # fmt: skip
 _DANGEROUS_NAMES = {"torch.load", "torch.hub", "torch.jit", "torch.ops", "torch.utils.cpp_extension", "numpy.load"}
 _DTYPES = {
-    name: kind
-    for name, kind in {
-        "FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16,
-        "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
-        "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
-        "UntypedStorage": torch.uint8,
-    }.items()
+    "FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
+    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
+    "UntypedStorage": torch.uint8,
 }  # fmt: skip
 
 
@@ -78,7 +75,7 @@ class Inert:
         return Inert()
 
 
-class InertUnpickler(pickle._Unpickler):  # noqa: SLF001 - the one in Python: its C twin differs in what it calls
+class InertUnpickler(pickle._Unpickler):  # the one in Python: each step of it is readable
     """Unpickles descriptions; runs nothing that the file names."""
 
     def __init__(self, file: IO[bytes], where: str) -> None:

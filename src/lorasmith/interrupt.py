@@ -7,7 +7,7 @@ from types import FrameType
 class StopRequest:
     """While entered, the first SIGINT or SIGTERM is noted; a second one ends the program at once.
 
-    `signal_number` is None until a stop was asked for; `exit_code` is then 128 + signal (130 for Ctrl+C, 143 for SIGTERM).
+    `signal_number` is None until a stop is asked for; `exit_code` is then 128 + signal (Ctrl+C 130, SIGTERM 143).
     """
 
     def __init__(self) -> None:

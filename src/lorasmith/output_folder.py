@@ -75,7 +75,7 @@ def check_free(folder: OutputFolder, *, overwrite: bool) -> None:
 
 
 def move_aside(folder: OutputFolder) -> Path | None:
-    """Move an older run's files into `old-1`, `old-2`, ... inside the folder; return where, or None if there are none."""
+    """Move an older run's files into `old-1`, `old-2`, ... in the folder; return where, None if there are none."""
     belongings = _belongings(folder)
     if not belongings:
         return None

@@ -15,7 +15,10 @@ def plan_page(title: str, paragraphs: Mapping[str, Sequence[str]]) -> str:
     lines = [title, ""]
     for name, sentences in paragraphs.items():
         wrapped = [part for sentence in sentences for part in _wrap(sentence)]
-        lines += [f"{label:<{_NAME_WIDTH}}{part}" for label, part in zip([name] + [""] * len(wrapped), wrapped)]
+        lines += [
+            f"{label:<{_NAME_WIDTH}}{part}"
+            for label, part in zip([name, *[""] * (len(wrapped) - 1)], wrapped, strict=True)
+        ]
     return "\n".join(lines) + "\n"
 
 

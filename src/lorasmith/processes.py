@@ -24,6 +24,7 @@ class Processes:
         from accelerate import PartialState
 
         state = PartialState(cpu=self.device.type == "cpu")
+        assert state.device is not None
         self.index, self.count, self.device = state.process_index, state.num_processes, state.device
 
     @property

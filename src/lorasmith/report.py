@@ -4,16 +4,21 @@ import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from lorasmith.sheets import sheet
 
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #28282e; background: #fafaf8 }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
+  color: #28282e; background: #fafaf8 }
 h1 { font-size: 1.6rem } h2 { font-size: 1.15rem; margin-top: 2.2rem } img { max-width: 100%; border-radius: 6px }
-table { border-collapse: collapse; font-size: .9rem } td, th { text-align: left; padding: .25rem .8rem .25rem 0; vertical-align: top; border-bottom: 1px solid #e4e4de }
-code { background: #eeeee8; padding: .1rem .3rem; border-radius: 4px; overflow-wrap: anywhere } .settings { columns: 2; column-gap: 2rem } .settings table { width: 100%; break-inside: avoid; margin-bottom: 1rem }
+table { border-collapse: collapse; font-size: .9rem }
+td, th { text-align: left; padding: .25rem .8rem .25rem 0; vertical-align: top; border-bottom: 1px solid #e4e4de }
+code { background: #eeeee8; padding: .1rem .3rem; border-radius: 4px; overflow-wrap: anywhere }
+.settings { columns: 2; column-gap: 2rem }
+.settings table { width: 100%; break-inside: avoid; margin-bottom: 1rem }
 """
 
 
@@ -21,9 +26,9 @@ code { background: #eeeee8; padding: .1rem .3rem; border-radius: 4px; overflow-w
 class ReportContents:
     """What a report shows.
 
-    summary: plain sentences for the top. settings: section -> option -> value. losses: (step, loss) pairs, steps from 1.
-    before, after: pictures of `prompts` without and with the LoRA, in their order. norms: module name -> Frobenius norm
-    of its delta. files: (file name, what it is for).
+    summary: plain sentences for the top. settings: section -> option -> value. losses: (step, loss), steps from 1.
+    before, after: pictures of `prompts` without and with the LoRA, in their order. norms: module name -> Frobenius
+    norm of its delta. files: (file name, what it is for).
     """
 
     title: str
@@ -105,7 +110,7 @@ def _draw_norms(path: Path, blocks: Mapping[str, float]) -> None:
     figure.savefig(path)
 
 
-def _figure(width: float, height: float):  # noqa: ANN202 - matplotlib's own pair, typed there
+def _figure(width: float, height: float) -> tuple[Any, Any]:
     # Imported here: it takes half a second that a run only spends at its end. The Figure class draws without a screen.
     from matplotlib.figure import Figure
 
@@ -122,14 +127,17 @@ def _page(contents: ReportContents) -> str:
         else ""
     )
     return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{html.escape(contents.title)}</title><style>{_STYLE}</style></head><body>
+<html lang="en"><head><meta charset="utf-8"><title>{html.escape(contents.title)}</title>
+<style>{_STYLE}</style></head><body>
 <h1>{html.escape(contents.title)}</h1>
 {"".join(f"<p>{html.escape(line)}</p>" for line in contents.summary)}
 <h2>Which file to use where</h2>{_table(contents.files)}
 {samples}
-<h2>Loss</h2><p>Diffusion losses are noisy: each step sees other noise levels. Look at the trend, and judge by the samples.</p>
+<h2>Loss</h2>
+<p>Diffusion losses are noisy: each step sees other noise levels. Look at the trend, and judge by the samples.</p>
 <img src="loss.png" alt="loss over steps">
-<h2>What was learned where</h2><p>Norm of the weight update per block (text encoder, then U-Net). All zero means nothing was learned.</p>
+<h2>What was learned where</h2>
+<p>Norm of the weight update per block (text encoder, then U-Net). All zero means nothing was learned.</p>
 <img src="norms.png" alt="norm of the update per block">
 <h2>Settings</h2><div class="settings">{"".join(_section(*section) for section in contents.settings.items())}</div>
 </body></html>

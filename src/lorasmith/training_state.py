@@ -7,7 +7,6 @@ written beside its place and renamed, so a state is whole or not there.
 
 import hashlib
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,13 +26,14 @@ _FACTS, _NETWORK, _OPTIMIZER = "state.json", "network.safetensors", "optimizer.p
 class StateFacts:
     """What a state says of its run.
 
-    step: optimizer steps done. data_fingerprint: see `data_fingerprint`. started_at: Unix time of the run's first start.
+    step: optimizer steps done. data_fingerprint: see `data_fingerprint`. started_at: Unix time of the first start.
+    unit_size: pictures that all processes worked on at once.
     """
 
     step: int
     data_fingerprint: str
     started_at: float
-    num_processes: int
+    unit_size: int
 
 
 @dataclass(frozen=True)

@@ -98,8 +98,8 @@ class Dataset:
         latent_channels: int = 4,
         latent_factor: int = 8,
         latents: Posteriors | None = None,
-        caption_options: CaptionOptions = CaptionOptions(),  # noqa: B008  (frozen)
-        augmentation: Augmentation = Augmentation(),  # noqa: B008  (frozen)
+        caption_options: CaptionOptions = CaptionOptions(),
+        augmentation: Augmentation = Augmentation(),
         prior_loss_weight: float = 1.0,
     ) -> None:
         assert latents is None or augmentation == Augmentation(), "cached latents cannot be augmented"

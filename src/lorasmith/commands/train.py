@@ -1,0 +1,764 @@
+"""`lorasmith train`: pictures in, a LoRA out.
+
+    lorasmith train --base model.safetensors --images photos --output my-lora
+
+Reads top to bottom: look at everything that was given, print the plan, load, loop, save, report. The only reader of the
+training configuration.
+"""
+
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+import lorasmith
+from lorasmith import config, metadata, model_families, plugins
+from lorasmith.checkpoint import atomic_file, open_checkpoint
+from lorasmith.config import TrainConfig
+from lorasmith.data.buckets import CropPlan, Size, assign, bucket_shapes, cover_and_crop
+from lorasmith.data.dataset import Augmentation, CaptionOptions, Dataset, Posteriors, plain_pixels, read_ahead
+from lorasmith.data.plan import Plan, build_plan
+from lorasmith.data.records import ImageRecord
+from lorasmith.data.sources import folder as folder_source
+from lorasmith.data.sources import metadata_json
+from lorasmith.errors import UserError
+from lorasmith.formats import kohya
+from lorasmith.interrupt import StopRequest
+from lorasmith.loss_log import LossLog
+from lorasmith.lr import multiplier
+from lorasmith.memory import estimate_training_memory, set_attention, set_gradient_checkpointing
+from lorasmith.models.base import Conditioning, LatentDiffusion
+from lorasmith.network import Network, Rule, check_ranks, match, part_of
+from lorasmith.output_folder import RUN_FILE, OutputFolder, check_free, move_aside
+from lorasmith.plan_page import caption_lines, memory_line, plan_page, shape_lines
+from lorasmith.processes import Processes
+from lorasmith.progress import Progress
+from lorasmith.report import ReportContents, write_report
+from lorasmith.resume import merge_options
+from lorasmith.sampling import generate
+from lorasmith.sheets import sheet
+from lorasmith.training import Stepper
+from lorasmith.training_state import State, StateFacts, data_fingerprint, find_state, load_state, save_state
+
+_DEFAULT_STEPS = 1600  # the document's scripts' own
+_NUM_DEFAULT_PROMPTS = 2
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_PART_TITLES = {"text_encoder": "text encoder", "unet": "U-Net"}
+_PATTERNS = {"both": "*", "unet": "lora_unet_*", "text_encoder": "lora_te*"}
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Everything found out and decided before a model is loaded."""
+
+    facts: model_families.ModelFacts
+    precision: str
+    shapes: dict[str, tuple[int, ...]]  # of the layers to train, by saved name
+    resolution: Size
+    records: list[ImageRecord]
+    crops: list[CropPlan]
+    notes: list[str]
+    plan: Plan
+    total_steps: int
+    prompts: list[str]
+    caches_latents: bool
+    fingerprint: str
+    state: State | None
+
+
+def run(cfg: TrainConfig) -> int:
+    """Train as configured; return the exit code: 0, or 130 / 143 when stopped by Ctrl+C / SIGTERM."""
+    state = None
+    if cfg.resume is not None:
+        state_folder = find_state(cfg.resume)
+        cfg, state = _merged(cfg, state_folder.parent.parent), load_state(state_folder)
+    _require(cfg)
+    processes = Processes(cfg.training.device)
+    try:
+        ready = prepare(cfg, processes, state)
+        if processes.is_main:
+            print(_page(cfg, ready, processes), flush=True)
+        return 0 if cfg.dry_run else train(cfg, ready, processes)
+    finally:
+        processes.close()
+
+
+def prepare(cfg: TrainConfig, processes: Processes, state: State | None) -> Preparation:
+    """Look at all that was given: the model's header, the output folder, every picture; decide, load nothing."""
+    precision = choose_precision(cfg.training.precision, processes.device)
+    with open_checkpoint(cfg.model.base) as checkpoint:
+        facts = model_families.describe(checkpoint, v2=cfg.model.v2, prediction=cfg.model.prediction)
+        shapes = model_families.target_shapes(checkpoint)
+    rules = _rules(cfg)
+    shapes = {name: shapes[name] for name in match(shapes, rules)}
+    if cfg.network.weights is None:
+        check_ranks(shapes, rules)
+    else:
+        Network.check(shapes, kohya.read(cfg.network.weights).tensors)
+    if cfg.resume is None:
+        check_free(_folder(cfg), overwrite=cfg.save.overwrite)
+    records, notes = _records(cfg)
+    resolution = cfg.data.resolution or facts.resolution
+    crops = _crops(cfg, resolution, records)
+    plan = build_plan(
+        records,
+        [crop.shape for crop in crops],
+        batch_size=cfg.training.batch_size,
+        num_processes=processes.count,
+        gradient_accumulation=cfg.training.gradient_accumulation,
+        seed=cfg.training.seed,
+    )
+    total_steps = cfg.training.steps or (cfg.training.epochs or 0) * plan.steps_per_epoch or _DEFAULT_STEPS
+    fingerprint = data_fingerprint(
+        [f"{asdict(record)} {asdict(crop)}" for record, crop in zip(_placeless(records), crops, strict=True)]
+    )
+    if state is not None:
+        _check_resumable(state, fingerprint, plan, total_steps)
+    augmentations = [cfg.data.flip, cfg.data.color, cfg.data.random_crop]
+    caches_latents = not any(augmentations) if cfg.data.cache_latents is None else cfg.data.cache_latents
+    return Preparation(
+        facts, precision, shapes, resolution, records, crops, [*notes, *plan.notes], plan, total_steps,
+        _prompts(cfg, records), caches_latents, fingerprint, state,
+    )  # fmt: skip
+
+
+def train(cfg: TrainConfig, ready: Preparation, processes: Processes) -> int:
+    """Load the model, train to the last step or until asked to stop, save and report."""
+    device, state = processes.device, ready.state
+    _make_deterministic(device)
+    with open_checkpoint(cfg.model.base) as checkpoint:
+        model = model_families.load(
+            checkpoint,
+            dtype=_DTYPES[ready.precision],
+            device=device,
+            vae=cfg.model.vae,
+            prediction=ready.facts.prediction,
+            clip_skip=cfg.model.clip_skip,
+            ema=cfg.model.ema,
+        )
+    network = _network(cfg, model)
+    network.attach()
+    set_attention(model, cfg.training.attention)
+    set_gradient_checkpointing(model, cfg.training.gradient_checkpointing)
+    optimizer = plugins.find("optimizers", cfg.optimizer.optimizer).build(
+        network.param_groups(
+            learning_rate=cfg.optimizer.learning_rate,
+            unet_lr=cfg.optimizer.unet_lr,
+            text_encoder_lr=cfg.optimizer.text_encoder_lr,
+        ),
+        weight_decay=cfg.optimizer.weight_decay,
+    )
+    stepper = Stepper(
+        model,
+        list(network.parameters()),
+        optimizer,
+        processes,
+        _encoder(model, is_trained=any(part_of(name) == "text_encoder" for name in network.adapters)),
+        max_grad_norm=cfg.optimizer.max_grad_norm,
+        is_fp16=ready.precision == "fp16",
+    )
+    if state is not None:
+        network.load_state_dict(state.network)
+        optimizer.load_state_dict(state.optimizer)
+        stepper.scaler.load_state_dict(state.scaler)
+    session = _Session(cfg, ready, processes, model, network, optimizer, stepper)
+    return session.run(_dataset(cfg, ready, model))
+
+
+class _Session:
+    """One start of a run: the loop and what is written on the way. Process 0 alone prints and writes."""
+
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        ready: Preparation,
+        processes: Processes,
+        model: LatentDiffusion,
+        network: Network,
+        optimizer: torch.optim.Optimizer,
+        stepper: Stepper,
+    ) -> None:
+        self.cfg, self.ready, self.processes, self.model = cfg, ready, processes, model
+        self.network, self.optimizer, self.stepper = network, optimizer, stepper
+        self.folder, self.state = _folder(cfg), ready.state
+        self.started_at = now() if self.state is None else self.state.facts.started_at
+        self.done = 0 if self.state is None else self.state.facts.step
+        self.losses: LossLog | None = None
+        self.board: Any = None
+
+    def run(self, dataset: Dataset) -> int:
+        """Train; return the exit code."""
+        with ExitStack() as stack:
+            if self.processes.is_main:
+                self._open_folder(stack)
+            self.processes.wait()
+            if self.done == 0 and self.cfg.samples.before_after:
+                self._draw()
+            stop = stack.enter_context(StopRequest())
+            was_stopped = self._loop(dataset, stop)
+            if was_stopped:
+                return self._leave(stop)
+            if self.processes.is_main:
+                self._finish()
+        return 0
+
+    def _loop(self, dataset: Dataset, stop: StopRequest) -> bool:
+        """Take steps to the end, or until any process was asked to stop; return whether that was so."""
+        total, optimizer, is_main = self.ready.total_steps, self.cfg.optimizer, self.processes.is_main
+        is_shown = self.cfg.log.progress and is_main
+        with Progress(total, self.done, self.processes.device, is_shown=is_shown) as progress:
+            for batches in dataset.prefetch(range(self.done, total), self.processes.index, self.cfg.data.workers):
+                rate = multiplier(
+                    optimizer.lr_schedule, self.done, warmup_steps=optimizer.lr_warmup_steps, total_steps=total
+                )
+                wants_stop = stop.signal_number is not None
+                result = self.stepper.step(batches, rate, step=self.done, wants_stop=wants_stop)
+                self.done += 1
+                if is_main:
+                    self._log(result.loss, rate)
+                progress.advance(result.loss)
+                if result.is_stopping:
+                    return self.done < total
+                self._save_and_draw_when_due(progress.say)
+        return False
+
+    def _save_and_draw_when_due(self, say: Callable[[str], None]) -> None:
+        save, samples, done = self.cfg.save, self.cfg.samples, self.done
+        steps_per_epoch = self.ready.plan.steps_per_epoch
+        epoch = done // steps_per_epoch if done % steps_per_epoch == 0 else 0
+        if done == self.ready.total_steps:
+            return
+        paths = []
+        if epoch and save.save_every_epochs and epoch % save.save_every_epochs == 0:
+            paths.append(self.folder.epoch(epoch))
+        if save.save_every_steps and done % save.save_every_steps == 0:
+            paths.append(self.folder.step(done))
+        is_state_due = bool(save.state_every_steps) and done % save.state_every_steps == 0
+        if self.processes.is_main:
+            for path in paths:
+                self._save_lora(path)
+                say(f"saved {path}")
+            if paths or is_state_due:
+                self._save_state()
+        if (samples.sample_every_steps and done % samples.sample_every_steps == 0) or (
+            epoch and samples.sample_every_epochs and epoch % samples.sample_every_epochs == 0
+        ):
+            self._draw()
+
+    def _leave(self, stop: StopRequest) -> int:
+        """Save what was reached after a request to stop, and say how to go on."""
+        if self.processes.is_main:
+            path = self.folder.step(self.done)
+            self._save_lora(path)
+            self._save_state()
+            print(
+                f"\nstopped after step {self.done} of {self.ready.total_steps}; saved {path}\n"
+                f"to go on: lorasmith train --resume {quoted(self.folder.path)}",
+                flush=True,
+            )
+        return stop.exit_code or 143  # another process was asked: accelerate stops its processes with SIGTERM
+
+    def _finish(self) -> None:
+        """Save the last LoRA and state, draw, and write the report."""
+        path = self.folder.last()
+        norms = self._save_lora(path)
+        self._save_state()
+        if self.cfg.samples.before_after:
+            self._draw()
+        page = write_report(self.folder.report, self._report(path, norms))
+        print(f"\nthe LoRA: {path}\nthe report: {page}", flush=True)
+
+    def _open_folder(self, stack: ExitStack) -> None:
+        if self.state is None and (aside := move_aside(self.folder)) is not None:
+            print(f"the older run was moved to {aside}")
+        self.folder.path.mkdir(parents=True, exist_ok=True)
+        stored = self.cfg.model_dump(mode="json", exclude_none=True, exclude_defaults=True, exclude={"resume"})
+        with atomic_file(self.folder.run_file) as path:
+            path.write_text(config.dump_toml(stored), encoding="utf-8")
+        self.losses = LossLog(self.folder.loss_log, done=self.done)
+        stack.callback(self.losses.close)
+        if self.cfg.log.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # takes a second, and not everyone wants it
+
+            self.board = SummaryWriter(str(self.folder.tensorboard), purge_step=self.done + 1)
+            stack.callback(self.board.close)
+
+    def _log(self, loss: float, rate: float) -> None:
+        assert self.losses is not None
+        rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
+        self.losses.append(self.done, loss, max(rates.values()))
+        if self.board is not None:
+            self.board.add_scalar("loss", loss, self.done)
+            for name, value in rates.items():
+                self.board.add_scalar(f"lr/{name}", value, self.done)
+
+    def _save_lora(self, path: Path) -> dict[str, float]:
+        """Write the LoRA, read it back and compare; return the norm of each module's update."""
+        precision, tensors = self.cfg.save.save_precision, self.network.state_dict()
+        kohya.write(path, tensors, _metadata(self.cfg, self.ready, self.done, self.started_at), precision=precision)
+        return kohya.check(path, tensors, precision=precision)
+
+    def _save_state(self) -> None:
+        facts = StateFacts(self.done, self.ready.fingerprint, self.started_at, self.ready.plan.unit_size)
+        save_state(
+            self.folder.states,
+            facts,
+            self.network.state_dict(),
+            self.optimizer.state_dict(),
+            self.stepper.scaler.state_dict(),
+            keep=self.cfg.save.keep_states,
+        )
+
+    def _draw(self) -> None:
+        """Draw the prompts as the model is now, and the sheet of all moments so far."""
+        samples = self.cfg.samples
+        if not self.processes.is_main or not self.ready.prompts:
+            return
+        size = samples.sample_size or self.ready.resolution
+        seeds = [samples.sample_seed + i for i in range(len(self.ready.prompts))]
+        pictures = generate(
+            self.model,
+            self.ready.prompts,
+            seeds=seeds,
+            size=size,
+            negative=samples.negative,
+            steps=samples.sample_steps,
+            guidance=samples.guidance,
+        )
+        moment = self.folder.samples / f"step-{self.done:08d}"
+        moment.mkdir(parents=True, exist_ok=True)
+        for number, picture in enumerate(pictures):
+            picture.save(moment / f"{number:02d}.png")
+        rows = [(_row_label(path), _pictures_in(path)) for path in sorted(self.folder.samples.glob("step-*"))]
+        sheet(self.ready.prompts, rows).save(self.folder.samples / "sheet.png")
+
+    def _report(self, path: Path, norms: Mapping[str, float]) -> ReportContents:
+        assert self.losses is not None
+        before, after = (_pictures_in(self.folder.samples / f"step-{step:08d}") for step in (0, self.done))
+        settings = self.cfg.model_dump(mode="json", exclude_none=True, exclude={"resume", "dry_run"})
+        return ReportContents(
+            title=f"{self.cfg.save.title or self.cfg.save.name or self.folder.path.name}: a LoRA",
+            summary=[
+                f"{self.done} steps on {len(self.ready.records)} pictures for {Path(self.cfg.model.base).name}, "
+                f"{self.ready.facts.title}. The largest update is in {max(norms, key=lambda name: norms[name])}.",
+            ],
+            settings=settings,
+            losses=self.losses.losses,
+            norms=norms,
+            files=_file_advice(path, self.folder),
+            prompts=self.ready.prompts if after else [],
+            before=before,
+            after=after,
+        )
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """Return the precision that `auto` means on this device.
+
+    Raises:
+        UserError: fp16 without a GPU.
+    """
+    if name == "fp16" and device.type == "cpu":
+        raise UserError("--precision fp16 needs a GPU, and training runs on the CPU here; use bf16 or fp32.")
+    if name != "auto":
+        return name
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def now() -> float:
+    """Return the Unix time, or SOURCE_DATE_EPOCH where that is set, so that files can be made equal to the byte."""
+    return float(os.environ.get("SOURCE_DATE_EPOCH") or time.time())
+
+
+def quoted(path: Path) -> str:
+    """Return a path as it can be pasted into a shell."""
+    return f'"{path}"' if " " in str(path) else str(path)
+
+
+def _require(cfg: TrainConfig) -> None:
+    """Ask for what cannot be guessed, all at once."""
+    needed = {
+        "--base (the model to train for)": cfg.model.base,
+        "--images (the folder of pictures)": cfg.data.images,
+        "--output (the folder for the LoRA)": cfg.save.output,
+    }
+    missing = [name for name, value in needed.items() if not value]
+    if missing:
+        raise UserError(
+            f"missing: {', '.join(missing)}. For example: "
+            "lorasmith train --base model.safetensors --images photos --output my-lora"
+        )
+
+
+def _merged(given: TrainConfig, run_folder: Path) -> TrainConfig:
+    """Return a stopped run's options, with those given now where they may be changed."""
+    run_file = run_folder / RUN_FILE
+    if not run_file.is_file():
+        raise UserError(f"--resume: {run_file} is missing, so the run's options are unknown; start the run again.")
+    merged = merge_options(config.load_toml(run_file), given.model_dump(exclude_unset=True, mode="json"))
+    return config.build(TrainConfig, merged)
+
+
+def _check_resumable(state: State, fingerprint: str, plan: Plan, total_steps: int) -> None:
+    """Refuse to go on with other data, another global batch, or a run that is over."""
+    if state.facts.data_fingerprint != fingerprint:
+        raise UserError(
+            "the pictures or captions are not those that the run was started with, so it cannot go on as it was. "
+            "Put them back, or start a new run from the saved LoRA with --weights."
+        )
+    if state.facts.unit_size != plan.unit_size:
+        raise UserError(
+            f"the run works on {state.facts.unit_size} pictures at once, but {plan.batch_size} on each of "
+            f"{plan.num_processes} processes are given now; make --batch-size times processes the same."
+        )
+    if state.facts.step >= total_steps:
+        raise UserError(
+            f"this run is complete: {state.facts.step} of {total_steps} steps are done. To train longer, give more "
+            "--steps; with a constant learning rate that equals one longer run."
+        )
+
+
+def _folder(cfg: TrainConfig) -> OutputFolder:
+    assert cfg.save.output is not None
+    return OutputFolder(cfg.save.output, cfg.save.name, cfg.save.format)
+
+
+def _rules(cfg: TrainConfig) -> list[Rule]:
+    network = cfg.network
+    return [Rule(_PATTERNS[network.train], network.adapter, network.rank, network.alpha)]
+
+
+def _records(cfg: TrainConfig) -> tuple[list[ImageRecord], list[str]]:
+    """Return training and regularization pictures, with sentences about what was found."""
+    data = cfg.data
+    assert data.images is not None
+    if data.captions is not None:
+        scan = metadata_json.scan(
+            data.captions,
+            data.images,
+            caption=data.caption,
+            repeats=data.repeats,
+            skip_unreadable=data.skip_unreadable,
+        )
+    else:
+        scan = folder_source.scan(
+            data.images,
+            repeats=data.repeats,
+            caption=data.caption,
+            caption_extension=data.caption_extension,
+            skip_unreadable=data.skip_unreadable,
+        )
+    if data.regularization is None:
+        return scan.records, scan.notes
+    prior = folder_source.scan(
+        data.regularization,
+        repeats=1,
+        caption=None,
+        caption_extension=data.caption_extension,
+        skip_unreadable=data.skip_unreadable,
+        is_prior=True,
+    )
+    return [*scan.records, *prior.records], [*scan.notes, *prior.notes]
+
+
+def _crops(cfg: TrainConfig, resolution: Size, records: list[ImageRecord]) -> list[CropPlan]:
+    data = cfg.data
+    if not data.buckets:
+        return [cover_and_crop(record.size, resolution) for record in records]
+    shapes = bucket_shapes(resolution, data.bucket_min, data.bucket_max, data.bucket_step)
+    return [cover_and_crop(record.size, assign(record.size, shapes)) for record in records]
+
+
+def _prompts(cfg: TrainConfig, records: list[ImageRecord]) -> list[str]:
+    """Return the prompts to draw: those given, those of a text file, or captions of the training pictures."""
+    samples = cfg.samples
+    if not (samples.before_after or samples.sample_every_steps or samples.sample_every_epochs):
+        return []
+    if len(samples.prompts) == 1 and samples.prompts[0].endswith(".txt"):
+        return _prompts_in(Path(samples.prompts[0]))
+    if samples.prompts:
+        return list(samples.prompts)
+    captions = dict.fromkeys(record.caption for record in records if not record.is_prior)
+    return list(captions)[:_NUM_DEFAULT_PROMPTS]
+
+
+def _prompts_in(path: Path) -> list[str]:
+    """Return a text file's lines; empty ones and those that start with # are left out."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"--prompts {path}: {error}; give a text file in UTF-8 with a prompt a line, or the prompts themselves."
+        ) from error
+    prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not prompts:
+        raise UserError(f"--prompts {path}: no prompt in it; write one a line.")
+    return prompts
+
+
+def _network(cfg: TrainConfig, model: LatentDiffusion) -> Network:
+    """Return the network to train: new, or from the given weights with all of them used."""
+    rules, targets = _rules(cfg), model.adapter_targets()
+    if cfg.network.weights is None:
+        return Network.create(targets, rules, seed=cfg.training.seed)
+    return Network.load(
+        {name: targets[name] for name in match(targets, rules)}, kohya.read(cfg.network.weights).tensors
+    )
+
+
+def _encoder(model: LatentDiffusion, *, is_trained: bool) -> Callable[[list[str]], Conditioning]:
+    """Return what turns captions into conditioning: with gradients if the text encoder is trained, else remembered."""
+    if is_trained:
+        return model.encode_text
+    remembered: dict[str, Conditioning] = {}
+
+    @torch.no_grad()
+    def encode(captions: list[str]) -> Conditioning:
+        for caption in captions:
+            if caption not in remembered:  # one at a time, so that a caption's bits do not depend on its neighbours
+                remembered[caption] = model.encode_text([caption])
+        return {name: torch.cat([remembered[c][name] for c in captions]) for name in remembered[captions[0]]}
+
+    return encode
+
+
+def _make_deterministic(device: torch.device) -> None:
+    """Let equal runs on a GPU give equal bytes; on the CPU they do so anyway."""
+    if device.type != "cuda":
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def _dataset(cfg: TrainConfig, ready: Preparation, model: LatentDiffusion) -> Dataset:
+    data = cfg.data
+    return Dataset(
+        ready.plan,
+        ready.records,
+        ready.crops,
+        seed=cfg.training.seed,
+        sample_t=model.schedule.sample_t,
+        latent_channels=model.latent_channels,
+        latent_factor=model.latent_factor,
+        latents=_posteriors(cfg, ready, model) if ready.caches_latents else None,
+        caption_options=CaptionOptions(data.shuffle_caption, data.keep_tokens, dropout=data.caption_dropout),
+        augmentation=Augmentation(data.flip, data.color, data.random_crop),
+        prior_loss_weight=data.prior_loss_weight,
+    )
+
+
+@torch.no_grad()
+def _posteriors(cfg: TrainConfig, ready: Preparation, model: LatentDiffusion) -> Posteriors:
+    """Encode every picture once, one at a time, so that its bits do not depend on its neighbours."""
+    used = [i for i, repeats in enumerate(ready.plan.repeats) if repeats]
+    pixels = read_ahead(lambda i: plain_pixels(ready.records[i], ready.crops[i]), used, workers=cfg.data.workers)
+    found: dict[tuple[int, Size], tuple[torch.Tensor, torch.Tensor]] = {}
+    for i, picture in zip(used, pixels, strict=True):
+        mean, std = model.encode_image(picture[None])
+        found[i, ready.crops[i].shape] = mean[0].cpu(), std[0].cpu()
+    return found
+
+
+def _placeless(records: list[ImageRecord]) -> list[ImageRecord]:
+    """Return the records without where they lie, which a resumed run may change."""
+    return [replace(record, path=Path(record.path.name), group="") for record in records]
+
+
+def _row_label(moment: Path) -> str:
+    step = int(moment.name.rpartition("-")[2])
+    return f"step {step}" if step else "before"
+
+
+def _pictures_in(moment: Path) -> list[Image.Image]:
+    return [Image.open(path).convert("RGB") for path in sorted(moment.glob("*.png"))]
+
+
+def _page(cfg: TrainConfig, ready: Preparation, processes: Processes) -> str:
+    """Return the plan as text."""
+    network, optimizer, facts, plan = cfg.network, cfg.optimizer, ready.facts, ready.plan
+    parts = Counter(part_of(name) for name in ready.shapes)
+    rank = "as in the file" if network.weights else network.rank
+    alpha = network.alpha or network.rank
+    scale = "alpha as in the file" if network.weights else f"alpha {alpha:g}, effective scale {alpha / network.rank:g}"
+    num_values = sum(network.rank * (shape[0] + math.prod(shape[1:])) for shape in ready.shapes.values())
+    rates = {"text_encoder": optimizer.text_encoder_lr, "unet": optimizer.unet_lr}
+    training_records = [record for record in ready.records if not record.is_prior]
+    paragraphs = {
+        "model": [f"{cfg.model.base}: {facts.title}, {facts.prediction} prediction", *facts.notes],
+        "network": [
+            f"{network.adapter}, rank {rank}, {scale}: {len(ready.shapes)} modules "
+            f"({', '.join(f'{count} {_PART_TITLES[part]}' for part, count in parts.items())}), "
+            f"{num_values / 1e6:.2f} M values"
+            + (f", starting from {network.weights}, which fits" if network.weights else "")
+        ],
+        "pictures": ready.notes,
+        "captions": caption_lines(training_records),
+        "shapes": shape_lines(ready.records, ready.crops),
+        "latents": ["cached in memory" if ready.caches_latents else "encoded anew for every step"],
+        "steps": [
+            f"{ready.total_steps} steps = {ready.total_steps / plan.steps_per_epoch:.4g} epochs of "
+            f"{plan.num_samples_per_epoch} samples in {plan.steps_per_epoch} steps",
+            f"effective batch {plan.unit_size * plan.gradient_accumulation} = {plan.batch_size} on each of "
+            f"{plan.num_processes} process{'es' * (plan.num_processes > 1)} x {plan.gradient_accumulation} accumulated",
+        ],
+        "rates": [
+            ", ".join(
+                f"{_PART_TITLES[part]} {rate or optimizer.learning_rate:g}"
+                for part, rate in rates.items()
+                if parts[part]
+            )
+            + f", {optimizer.optimizer}, {optimizer.lr_schedule} after {optimizer.lr_warmup_steps} steps of warm-up"
+        ],
+        "memory": [f"{ready.precision} on {processes.device}; {memory_line(_memory(cfg, ready, num_values))}"],
+        "output": [f"{_folder(cfg).last()}{f' (going on from step {ready.state.facts.step})' if ready.state else ''}"],
+        "samples": [f'"{prompt}"' for prompt in ready.prompts] or ["none"],
+    }
+    return plan_page(f"lorasmith {lorasmith.__version__}: the plan", paragraphs)
+
+
+def _memory(cfg: TrainConfig, ready: Preparation, num_adapter_values: int) -> dict[str, int]:
+    """Return the estimated bytes while training, by part."""
+    facts = ready.facts
+    return estimate_training_memory(
+        num_values=facts.num_values,
+        width=facts.width,
+        text_width=facts.text_width,
+        num_text_layers=facts.num_text_layers,
+        precision=ready.precision,  # type: ignore[arg-type]  # one of the three by now
+        batch=cfg.training.batch_size,
+        resolution=max((crop.shape for crop in ready.crops), key=math.prod),
+        gradient_checkpointing=cfg.training.gradient_checkpointing,
+        trains_text_encoder=any(part_of(name) == "text_encoder" for name in ready.shapes),
+        num_adapter_values=num_adapter_values,
+        attention=cfg.training.attention,
+    )
+
+
+def _file_advice(path: Path, folder: OutputFolder) -> list[tuple[str, str]]:
+    """Say which file goes where."""
+    if path.suffix != ".safetensors":
+        return [(path.name, "sd-scripts and older tools; other UIs want .safetensors (--format safetensors)")]
+    stem = path.stem
+    return [
+        (path.name, "the LoRA; every program below reads this one file"),
+        ("A1111 / Forge", f"copy to models/Lora, prompt <lora:{stem}:1>"),
+        ("ComfyUI", "copy to models/loras, node Load LoRA"),
+        ("InvokeAI", "Model Manager, add the file"),
+        ("diffusers", f'pipeline.load_lora_weights("{folder.path}", weight_name="{path.name}")'),
+        ("epoch-*, step-*", "the same after fewer steps: try these when the last one looks overdone"),
+        ("states/", f"to go on training: lorasmith train --resume {quoted(folder.path)} --steps MORE"),
+    ]
+
+
+def _metadata(cfg: TrainConfig, ready: Preparation, step: int, started_at: float) -> dict[str, str]:
+    """Return what the file says of itself."""
+    data, training, optimizer, save, facts, plan = (
+        cfg.data, cfg.training, cfg.optimizer, cfg.save, ready.facts, ready.plan
+    )  # fmt: skip
+    own = [record for record in ready.records if not record.is_prior]
+    prior = [record for record in ready.records if record.is_prior]
+    name = save.name or "last"
+    finished_at = now()
+    values = {
+        "base_model_version": facts.base_model_version,
+        "v2": facts.is_v2,
+        "sd_model_name": Path(cfg.model.base).name,
+        "vae_name": Path(cfg.model.vae).name if cfg.model.vae else None,
+        "clip_skip": cfg.model.clip_skip if cfg.model.clip_skip > 1 else None,
+        "network_dim": cfg.network.rank,
+        "network_alpha": cfg.network.alpha or cfg.network.rank,
+        "output_name": name,
+        "learning_rate": optimizer.learning_rate,
+        "unet_lr": optimizer.unet_lr,
+        "text_encoder_lr": optimizer.text_encoder_lr,
+        "optimizer": optimizer.optimizer,
+        "lr_scheduler": optimizer.lr_schedule,
+        "lr_warmup_steps": optimizer.lr_warmup_steps,
+        "max_grad_norm": optimizer.max_grad_norm,
+        "max_train_steps": ready.total_steps,
+        "steps": step,
+        "epoch": plan.epoch_of(max(step - 1, 0)) + 1,
+        "num_epochs": plan.epoch_of(ready.total_steps - 1) + 1,
+        "num_batches_per_epoch": plan.units_per_epoch,
+        "num_train_images": sum(plan.repeats[i] for i, record in enumerate(ready.records) if not record.is_prior),
+        "num_reg_images": sum(plan.repeats[i] for i, record in enumerate(ready.records) if record.is_prior),
+        "batch_size_per_device": plan.batch_size,
+        "total_batch_size": plan.unit_size * plan.gradient_accumulation,
+        "gradient_accumulation_steps": plan.gradient_accumulation,
+        "gradient_checkpointing": training.gradient_checkpointing,
+        "mixed_precision": {"fp32": "no"}.get(ready.precision, ready.precision),
+        "seed": training.seed,
+        "prior_loss_weight": data.prior_loss_weight,
+        "resolution": ready.resolution,
+        "enable_bucket": data.buckets,
+        "min_bucket_reso": data.bucket_min if data.buckets else None,
+        "max_bucket_reso": data.bucket_max if data.buckets else None,
+        "cache_latents": ready.caches_latents,
+        "color_aug": data.color,
+        "flip_aug": data.flip,
+        "random_crop": data.random_crop,
+        "shuffle_caption": data.shuffle_caption,
+        "keep_tokens": data.keep_tokens,
+        "caption_dropout_rate": data.caption_dropout,
+        "dataset_dirs": _folders(own) if save.share_captions else {},
+        "reg_dataset_dirs": _folders(prior) if save.share_captions else {},
+        "tag_frequency": _tag_frequency(own) if save.share_captions else {},
+        "bucket_info": _bucket_info(plan) if data.buckets else None,
+        "training_comment": save.comment,
+        "training_started_at": started_at,
+        "training_finished_at": finished_at,
+        "session_id": int(ready.fingerprint[:8], 16),
+    }
+    spec = metadata.model_spec(
+        architecture=facts.architecture,
+        title=save.title or name,
+        resolution=ready.resolution,
+        time=finished_at,
+        prediction=facts.prediction,
+        implementation_version=lorasmith.__version__,
+        author=save.author,
+        description=save.description,
+        license=save.license,
+        tags=save.tags,
+        trigger_phrase=save.trigger_phrase,
+    )
+    return {**metadata.training(values), **spec}
+
+
+def _folders(records: list[ImageRecord]) -> dict[str, dict[str, int]]:
+    """Return per folder its repeats and number of pictures, as UIs show them."""
+    return {
+        group: {"n_repeats": records_[0].repeats, "img_count": len(records_)}
+        for group in dict.fromkeys(record.group for record in records)
+        if (records_ := [record for record in records if record.group == group])
+    }
+
+
+def _tag_frequency(records: list[ImageRecord]) -> dict[str, dict[str, int]]:
+    """Return per folder how often each comma-separated part of the captions occurs."""
+    return {
+        group: dict(
+            Counter(
+                tag.strip()
+                for record in records
+                if record.group == group
+                for tag in record.caption.split(",")
+                if tag.strip()
+            )
+        )
+        for group in dict.fromkeys(record.group for record in records)
+    }
+
+
+def _bucket_info(plan: Plan) -> dict[str, Any]:
+    counts = plan.samples_per_shape()
+    return {"buckets": {str(i): {"resolution": shape, "count": n} for i, (shape, n) in enumerate(counts.items())}}
