@@ -1,7 +1,7 @@
 """Sampling against diffusers' own pipeline, and that a picture depends on nothing but its prompt and seed."""
 
 import hashlib
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedule
 from torch import Tensor, nn
 
 from lorasmith import sampling
-from lorasmith.diffusion import Discrete
+from lorasmith.diffusion import Discrete, Prediction
 from lorasmith.errors import UserError
 from lorasmith.sampling import generate
 
@@ -31,7 +31,7 @@ THEIRS = {  # the schedulers as Stable Diffusion's repositories configure them
 
 
 class Miniature(nn.Module):
-    """A latent diffusion model as `lorasmith.models.base` has it, small and random; its text is a hash of the prompt."""
+    """A latent diffusion model as `lorasmith.models.base` has it, small and random; text is a hash of the prompt."""
 
     latent_factor, latent_channels = 8, 4
 
@@ -50,7 +50,7 @@ class Miniature(nn.Module):
                 down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
             )  # fmt: skip
         betas = THEIRS["ddim"]().betas
-        self.schedule = Discrete(betas, prediction=prediction)
+        self.schedule = Discrete(betas, prediction=cast(Prediction, prediction))
         self.device = torch.device("cpu")
 
     def encode_text(self, captions: list[str]) -> dict[str, Tensor]:

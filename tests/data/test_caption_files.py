@@ -85,7 +85,7 @@ def test_empty_captions_are_refused_with_the_fix(picture: MakePicture, content: 
     found = read_caption_files(path.parent, [path], accepted_extensions(None))
     assert found.empty == [path.with_suffix(".txt")]
     assert "empty first line" in caption_problems([found])[0]
-    with pytest.raises(UserError, match="1 caption files have an empty first line.*delete the file"):
+    with pytest.raises(UserError, match=r"1 caption files have an empty first line.*delete the file"):
         scan(path.parent)
 
 

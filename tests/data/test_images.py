@@ -200,7 +200,7 @@ def test_all_unreadable_pictures_are_listed_at_once(tmp_path: Path) -> None:
     for name, (data, _) in BROKEN.items():
         (tmp_path / name).write_bytes(data)
     paths = pictures_in(tmp_path)
-    with pytest.raises(UserError, match="6 of 7 pictures cannot be read.*--skip-unreadable") as caught:
+    with pytest.raises(UserError, match=r"6 of 7 pictures cannot be read.*--skip-unreadable") as caught:
         probe_all(paths, skip_unreadable=False)
     for name, (_, reason) in BROKEN.items():
         assert re.search(f"{re.escape(str(tmp_path / name))}: .*{reason}", str(caught.value))
