@@ -1,0 +1,147 @@
+"""`lorasmith train` through its front door, on the miniature models: results, resume, and mistakes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from safetensors import safe_open
+
+from lorasmith.cli import main
+from tests.tiny import write_tiny
+
+COMMON = ["--resolution", "64", "--no-before-after", "--no-tensorboard", "--rank", "2", "--learning-rate", "0.001"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("base") / "tiny.safetensors", "sd1")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    parent = tmp_path_factory.mktemp("pictures")
+    folder = parent / "2_sks thing"
+    folder.mkdir()
+    for number in range(3):
+        Image.effect_noise((80, 64), 40 + 20 * number).convert("RGB").save(folder / f"{number}.png")
+    return parent
+
+
+def command(base: Path, pictures: Path, output: Path, *more: str) -> list[str]:
+    return ["train", "--base", str(base), "--images", str(pictures), "--output", str(output), *COMMON, *more]
+
+
+@pytest.fixture(autouse=True)
+def fixed_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+
+
+def test_a_run_saves_what_it_says_and_every_name_is_there(base: Path, pictures: Path, tmp_path: Path) -> None:
+    assert main(command(base, pictures, tmp_path, "--epochs", "2", "--save-every-epochs", "1")) == 0
+    assert (tmp_path / "epoch-000001.safetensors").is_file() and not (tmp_path / "epoch-000002.safetensors").exists()
+    assert (tmp_path / "report" / "index.html").is_file() and (tmp_path / "report" / "loss.png").is_file()
+    with safe_open(tmp_path / "last.safetensors", "pt") as file:
+        assert len(file.keys()) == 3 * 264
+        assert file.metadata()["ss_network_dim"] == "2" and file.metadata()["ss_steps"] == "12"
+    assert len((tmp_path / "logs" / "loss.jsonl").read_text().splitlines()) == 12
+
+
+@pytest.mark.parametrize("stopped_after", [1, 3])
+@pytest.mark.parametrize("workers", ["0", "3"])
+def test_a_run_stopped_at_any_step_gives_the_same_bytes(
+    base: Path, pictures: Path, tmp_path: Path, stopped_after: int, workers: str
+) -> None:
+    options = ["--lr-schedule", "cosine", "--gradient-accumulation", "2", "--flip", "--color", "--random-crop"]
+    assert main(command(base, pictures, tmp_path / "whole", "--steps", "5", *options)) == 0
+    every = ["--state-every-steps", str(stopped_after), "--keep-states", "9"]
+    assert main(command(base, pictures, tmp_path / "cut", "--steps", "5", *options, *every)) == 0
+    (tmp_path / "cut" / "last.safetensors").unlink()
+    state = tmp_path / "cut" / "states" / f"step-{stopped_after:08d}"
+    assert main(["train", "--resume", str(state), "--workers", workers]) == 0
+    whole, cut = (tmp_path / name / "last.safetensors" for name in ("whole", "cut"))
+    assert whole.read_bytes() == cut.read_bytes()
+    assert [json.loads(line)["step"] for line in (tmp_path / "cut/logs/loss.jsonl").read_text().splitlines()] == [
+        1, 2, 3, 4, 5,
+    ]  # fmt: skip
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_process_is_resumed_to_the_same_bytes(
+    base: Path, pictures: Path, tmp_path: Path, number: int, code: int
+) -> None:
+    steps = ["--steps", "400", "--state-every-steps", "2", "--precision", "fp32", "--train", "unet"]
+    run = subprocess.Popen(
+        [sys.executable, "-m", "lorasmith", *command(base, pictures, tmp_path / "cut", *steps)],
+        stdout=subprocess.DEVNULL,
+    )
+    while not list((tmp_path / "cut" / "states").glob("step-*/state.json")):
+        assert run.poll() is None
+        time.sleep(0.05)
+    run.send_signal(number)
+    assert run.wait() == code
+    done = max(int(path.parent.name[5:]) for path in (tmp_path / "cut" / "states").glob("step-*/state.json"))
+    total = ["--steps", str(done + 2)]
+    assert main(["train", "--resume", str(tmp_path / "cut"), *total]) == 0
+    assert main(command(base, pictures, tmp_path / "whole", *steps, *total)) == 0
+    assert (tmp_path / "cut/last.safetensors").read_bytes() == (tmp_path / "whole/last.safetensors").read_bytes()
+
+
+def test_a_folder_with_a_run_is_not_overwritten(
+    base: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(base, pictures, tmp_path, "--steps", "1")) == 0
+    before = (tmp_path / "last.safetensors").read_bytes()
+    assert main(command(base, pictures, tmp_path, "--steps", "2")) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert (tmp_path / "last.safetensors").read_bytes() == before
+    assert main(command(base, pictures, tmp_path, "--steps", "2", "--overwrite")) == 0
+    assert (tmp_path / "old-1" / "last.safetensors").read_bytes() == before
+
+
+def test_the_first_loss_that_is_not_finite_stops_the_run(
+    base: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command(base, pictures, tmp_path, "--steps", "40", "--max-grad-norm", "0")[:-6], "--learning-rate",
+                 "1e30", "--steps", "40"]) == 2  # fmt: skip
+    assert "the loss became" in capsys.readouterr().err
+    assert not (tmp_path / "last.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--base", "nowhere.safetensors"], "no such file"),
+        (["--rank", "4000"], "rank 4000 is larger"),
+        (["--v2"], "is Stable Diffusion 1.x"),
+        (["--precision", "fp16"], "needs a GPU"),
+        (["--resolution", "100"], "multiple of 8"),
+        (["--steps", "1", "--epochs", "1"], "steps and epochs"),
+        (["--cache-latents", "--flip"], "cache_latents"),
+        (["--output", "/proc/nowhere"], "cannot be written"),
+        (["--resume", "nowhere"], "no such folder"),
+        (["--rnak", "3"], "did you mean"),
+    ],
+)
+def test_mistakes_end_with_one_message_and_nothing_written(
+    base: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert main([*command(base, pictures, tmp_path / "out"), *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(
+    base: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(base, pictures, tmp_path / "out", "--dry-run", "--steps", "12")) == 0
+    plan = capsys.readouterr().out
+    assert "264 modules" in plan and "12 steps = 2 epochs" in plan and "effective scale 1" in plan
+    assert not (tmp_path / "out").exists()
