@@ -10,21 +10,11 @@ from collections.abc import Callable
 
 from PIL import Image, ImageDraw
 
+from lorasmith.demo import COLORS
+
 Color = tuple[int, int, int]
 Point = tuple[float, float]
 SIZE, _OVERSAMPLING = 128, 4
-COLORS: dict[str, Color] = {
-    "red": (216, 38, 38),
-    "orange": (246, 140, 30),
-    "yellow": (252, 216, 52),
-    "green": (44, 158, 70),
-    "blue": (36, 90, 216),
-    "purple": (132, 58, 184),
-    "pink": (250, 150, 192),
-    "brown": (122, 74, 42),
-    "black": (26, 26, 30),
-    "white": (246, 246, 246),
-}
 
 
 class Pen:

@@ -22,6 +22,7 @@ from PIL import Image
 import lorasmith
 from lorasmith import config, metadata, model_families, plugins
 from lorasmith.checkpoint import atomic_file, open_checkpoint
+from lorasmith.command_line import quoted
 from lorasmith.config import TrainConfig
 from lorasmith.data.buckets import CropPlan, Size, assign, bucket_shapes, cover_and_crop
 from lorasmith.data.dataset import Augmentation, CaptionOptions, Dataset, Posteriors, plain_pixels, read_ahead
@@ -376,11 +377,6 @@ def choose_precision(name: str, device: torch.device) -> str:
 def now() -> float:
     """Return the Unix time, or SOURCE_DATE_EPOCH where that is set, so that files can be made equal to the byte."""
     return float(os.environ.get("SOURCE_DATE_EPOCH") or time.time())
-
-
-def quoted(path: Path) -> str:
-    """Return a path as it can be pasted into a shell."""
-    return f'"{path}"' if " " in str(path) else str(path)
 
 
 def _require(cfg: TrainConfig) -> None:

@@ -1,0 +1,73 @@
+"""The demo's second set: sixteen captioned pictures of a robot, which the embedded model has never seen.
+
+    python tools/demo/mascot.py
+
+writes `src/lorasmith/demo/pictures/10_sks robot/`: four poses, several sizes and tilts, six backgrounds. The
+other four are left out, so that a test can ask for the robot where it was never shown.
+"""
+
+import random
+from pathlib import Path
+
+from draw import COLORS, SIZE, Color, Pen, background, jitter
+from PIL import Image
+
+FOLDER = Path(__file__).parents[2] / "src/lorasmith/demo/pictures/10_sks robot"
+NUM_PICTURES = 16
+SHOWN_GROUNDS = ("blue", "yellow", "green", "white", "purple", "red")
+UNSEEN_GROUNDS = tuple(ground for ground in COLORS if ground not in SHOWN_GROUNDS)
+POSES = {  # the ends of the left and the right arm, and of the left and the right leg
+    "standing": ((-0.78, 0.42), (0.78, 0.42), (-0.24, 0.95), (0.24, 0.95)),
+    "waving": ((-0.78, 0.42), (0.86, -0.42), (-0.24, 0.95), (0.24, 0.95)),
+    "cheering": ((-0.86, -0.42), (0.86, -0.42), (-0.3, 0.95), (0.3, 0.95)),
+    "walking": ((-0.88, 0.2), (0.66, 0.5), (-0.46, 0.92), (0.4, 0.95)),
+}
+_METAL: Color = (176, 186, 198)
+_DARK: Color = (62, 70, 84)
+_BODY: Color = (240, 120, 40)
+_GLOW: Color = (96, 226, 236)
+_LAMP: Color = (226, 48, 52)
+
+
+def robot(pen: Pen, pose: str) -> None:
+    """Draw it in unit coordinates: antenna, head with a visor, body, limbs."""
+    left_hand, right_hand, left_foot, right_foot = POSES[pose]
+    for shoulder, hand in (((-0.4, 0.06), left_hand), ((0.4, 0.06), right_hand)):
+        pen.line([shoulder, hand], 0.17, _METAL)
+        pen.circle(*hand, 0.13, _DARK)
+    for hip, foot in (((-0.2, 0.5), left_foot), ((0.2, 0.5), right_foot)):
+        pen.line([hip, foot], 0.2, _METAL)
+        pen.ellipse(foot[0], foot[1], 0.2, 0.11, _DARK)
+    pen.box(-0.44, -0.08, 0.44, 0.58, _BODY)
+    pen.circle(0, 0.24, 0.15, _METAL)
+    pen.line([(0, -0.78), (0, -1.0)], 0.08, _METAL)
+    pen.circle(0, -1.0, 0.12, _LAMP)
+    pen.box(-0.54, -0.8, 0.54, -0.14, _METAL)
+    pen.box(-0.42, -0.64, 0.42, -0.3, _DARK)
+    for x in (-0.2, 0.2):
+        pen.circle(x, -0.47, 0.11, _GLOW)
+
+
+def draw_mascot(ground: str, pose: str, rng: random.Random) -> Image.Image:
+    """Return a picture (SIZE x SIZE, RGB) of "a sks robot on a {ground} background"."""
+    image = background(jitter(COLORS[ground], rng), rng)
+    side = image.width
+    scale = side * rng.uniform(0.32, 0.42)
+    center = (side / 2 + side * rng.uniform(-0.05, 0.05), side * 0.52 + side * rng.uniform(-0.03, 0.03))
+    robot(Pen(image, center, scale, rng.uniform(-0.14, 0.14), rng.random() < 0.5), pose)
+    return image.reduce(side // SIZE)
+
+
+def write(folder: Path = FOLDER) -> None:
+    """Write the set: `robot-01.png` and so on, each with its caption beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(NUM_PICTURES):
+        rng = random.Random(f"mascot {number}")
+        ground, pose = SHOWN_GROUNDS[number % len(SHOWN_GROUNDS)], list(POSES)[number % len(POSES)]
+        stem = folder / f"robot-{number + 1:02d}"
+        draw_mascot(ground, pose, rng).save(stem.with_suffix(".png"), optimize=True)
+        stem.with_suffix(".txt").write_text(f"a sks robot on a {ground} background\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write()
