@@ -29,8 +29,18 @@ class LossLog:
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:
-    """Return the whole lines of a log with their steps; a line cut by a crash can only be the last and is left out."""
+    """Return the whole lines of a log with their steps.
+
+    Left out are a last line that a crash cut short, and what a power cut left where a line was (zeros, or part of it).
+    """
     if not path.is_file():
         return []
-    whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    return [(json.loads(line)["step"], line) for line in whole]
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [(step, line) for line in lines if line.endswith("\n") and (step := _step_of(line)) is not None]
+
+
+def _step_of(line: str) -> int | None:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return None
