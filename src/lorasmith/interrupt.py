@@ -7,7 +7,8 @@ from types import FrameType
 class StopRequest:
     """While entered, the first SIGINT or SIGTERM is noted; a second one ends the program at once.
 
-    `signal_number` is None until a stop is asked for; `exit_code` is then 128 + signal (Ctrl+C 130, SIGTERM 143).
+    `signal_number` is None until a stop is asked for, and `exit_code` 0; then it is 128 + signal (Ctrl+C 130, SIGTERM
+    143).
     """
 
     def __init__(self) -> None:
@@ -24,7 +25,7 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        return 128 + (self.signal_number or 0)
+        return 0 if self.signal_number is None else 128 + self.signal_number
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.signal_number = number
