@@ -1,5 +1,6 @@
 """The folder of a run: who owns it, how its files are called, and that nothing in it is overwritten in silence."""
 
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -93,22 +94,22 @@ def _belongings(folder: OutputFolder) -> list[Path]:
     if not folder.path.is_dir():
         return []
     named = {RUN_FILE, "logs", "samples", "report", "states"}
-    stems = ("last.", "epoch-", "step-") if folder.name is None else (f"{folder.name}.", f"{folder.name}-")
-    endings = (".safetensors", ".pt", ".ckpt")
-    return sorted(
-        path
-        for path in folder.path.iterdir()
-        if path.name in named or (path.name.startswith(stems) and path.suffix in endings)
-    )
+    stem = r"last|epoch-\d{6,}|step-\d{8,}"
+    if folder.name is not None:
+        stem = rf"{re.escape(folder.name)}(-\d{{6,}}|-step\d{{8,}})?"
+    lora = re.compile(rf"({stem})\.(safetensors|pt|ckpt)")
+    return sorted(path for path in folder.path.iterdir() if path.name in named or lora.fullmatch(path.name))
 
 
 def _check_writable(path: Path) -> None:
     existing = path
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir():
-        raise UserError(f"--output {path}: {existing} is a file, not a folder; choose another place.")
     try:
+        while not existing.exists():
+            if existing == existing.parent:
+                raise UserError(f"--output {path}: there is no such drive as {existing}; choose another place.")
+            existing = existing.parent
+        if not existing.is_dir():
+            raise UserError(f"--output {path}: {existing} is a file, not a folder; choose another place.")
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
