@@ -1,11 +1,13 @@
 """Which options a resumed run may change: those that cannot change its result, and where things lie.
 
-Works on plain nested dictionaries, section -> option -> value, as they stand in a run's `run.toml`.
+Works on plain nested dictionaries, section -> option -> value, as they stand in a run's `run.toml`: defaults are left
+out there.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
+from lorasmith import config
 from lorasmith.errors import UserError
 
 # Where things lie now (what lies there is checked by its content), how long, how often, what is shown.
@@ -25,6 +27,7 @@ def merge_options(stored: Mapping[str, Any], given: Mapping[str, Any]) -> dict[s
     Raises:
         UserError: an option is given that would make another run of it.
     """
+    defaults = {option.place: option.default for option in config.options(config.TrainConfig)}
     merged = {name: dict(value) if isinstance(value, Mapping) else value for name, value in stored.items()}
     refused = []
     for name, value in given.items():
@@ -33,7 +36,7 @@ def merge_options(stored: Mapping[str, Any], given: Mapping[str, Any]) -> dict[s
             continue
         section = merged.setdefault(name, {})
         for option, new in value.items():
-            if option not in CHANGEABLE and section.get(option) != new:
+            if option not in CHANGEABLE and section.get(option, defaults.get((name, option))) != new:
                 refused.append(f"{name}.{option} was {section.get(option, 'left out')}, now {new}")
             section[option] = new
     if "steps" in given.get("training", {}):
