@@ -11,14 +11,11 @@ _NAME_WIDTH, _LINE_WIDTH = 11, 118
 
 
 def plan_page(title: str, paragraphs: Mapping[str, Sequence[str]]) -> str:
-    """Return the page: a name on the left, its lines on the right, wrapped."""
+    """Return the page: a name on the left, its lines on the right, wrapped; a name without lines is left out."""
     lines = [title, ""]
     for name, sentences in paragraphs.items():
         wrapped = [part for sentence in sentences for part in _wrap(sentence)]
-        lines += [
-            f"{label:<{_NAME_WIDTH}}{part}"
-            for label, part in zip([name, *[""] * (len(wrapped) - 1)], wrapped, strict=True)
-        ]
+        lines += [f"{'' if number else name:<{_NAME_WIDTH}}{part}" for number, part in enumerate(wrapped)]
     return "\n".join(lines) + "\n"
 
 
@@ -54,7 +51,7 @@ def memory_line(parts: Mapping[str, int]) -> str:
     """Say how many bytes are needed in all and by what."""
     total = sum(parts.values())
     listed = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items() if size > 2**20)
-    return f"about {total / 2**30:.1f} GiB while training ({listed})"
+    return f"about {total / 2**30:.1f} GiB while training" + (f" ({listed})" if listed else "")
 
 
 def _shape(crop: CropPlan) -> tuple[int, int]:
@@ -71,4 +68,8 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _wrap(sentence: str) -> list[str]:
-    return textwrap.wrap(sentence, _LINE_WIDTH - _NAME_WIDTH, subsequent_indent="  ", break_long_words=False) or [""]
+    """Break between words only, so that a path can be copied."""
+    width = _LINE_WIDTH - _NAME_WIDTH
+    return textwrap.wrap(sentence, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False) or [
+        ""
+    ]
