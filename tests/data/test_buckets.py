@@ -1,14 +1,11 @@
 """Buckets: sd-scripts' counts and rules, and bounds that hold for any picture."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorasmith.data.buckets import assign, bucket_shapes, cover_and_crop, crop_report
-from lorasmith.data.records import ImageRecord
+from lorasmith.data.buckets import assign, bucket_shapes, cover_and_crop
 from lorasmith.errors import UserError
 
 sides = st.integers(1, 5000)
@@ -85,11 +82,3 @@ def test_the_resized_picture_just_covers_the_shape(size: tuple[int, int], shape:
     assert abs(left - (plan.resize[0] - right)) <= 1 and abs(top - (plan.resize[1] - bottom)) <= 1
     kept = shape[0] * shape[1] / (plan.resize[0] * plan.resize[1])
     assert plan.lost_area == pytest.approx(1 - kept) and 0 <= plan.lost_area < 1
-
-
-def test_the_report_counts_enlarged_pictures_and_finds_the_worst_crop() -> None:
-    sizes = [(512, 512), (256, 256), (1024, 512)]
-    records = [ImageRecord(Path(f"{i}.png"), "", size) for i, size in enumerate(sizes)]
-    report = crop_report(records, [cover_and_crop(size, (512, 512)) for size in sizes])
-    assert (report.num_enlarged, report.worst) == (1, 2)
-    assert report.max_lost_area == 0.5 and report.mean_lost_area == pytest.approx(0.5 / 3)

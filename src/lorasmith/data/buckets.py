@@ -8,7 +8,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lorasmith.data.records import ImageRecord
 from lorasmith.errors import UserError
 
 Size = tuple[int, int]
@@ -31,16 +30,6 @@ class CropPlan:
         """The (width, height) that is trained."""
         left, top, right, bottom = self.crop
         return right - left, bottom - top
-
-
-@dataclass(frozen=True)
-class CropReport:
-    """What the crops do to a set of pictures; `worst` is the index of the picture that loses the most."""
-
-    num_enlarged: int
-    mean_lost_area: float
-    max_lost_area: float
-    worst: int
 
 
 def bucket_shapes(resolution: Size, min_side: int, max_side: int, step: int) -> list[Size]:
@@ -88,16 +77,6 @@ def cover_and_crop(size: Size, shape: Size) -> CropPlan:
     left, top = (resize[0] - to_width) // 2, (resize[1] - to_height) // 2
     lost_area = 1 - (to_width * to_height) / (resize[0] * resize[1])
     return CropPlan(resize, (left, top, left + to_width, top + to_height), lost_area)
-
-
-def crop_report(records: Sequence[ImageRecord], crops: Sequence[CropPlan]) -> CropReport:
-    """Return how many pictures (at least one) are enlarged, and what share of their area is cut away."""
-    lost = [crop.lost_area for crop in crops]
-    num_enlarged = sum(
-        crop.resize[0] > record.size[0] or crop.resize[1] > record.size[1]
-        for record, crop in zip(records, crops, strict=True)
-    )
-    return CropReport(num_enlarged, sum(lost) / len(lost), max(lost), lost.index(max(lost)))
 
 
 def _rounded(numerator: int, denominator: int) -> int:

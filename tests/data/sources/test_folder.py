@@ -171,3 +171,11 @@ def test_unreadable_pictures_stop_or_are_left_out(tmp_path: Path, picture: MakeP
     result = scan(tmp_path, skip_unreadable=True)
     assert [record.path.name for record in result.records] == ["good.png"]
     assert has_note(result, "left out because they cannot be read (1 of 2)", "bad.png")
+
+
+@pytest.mark.parametrize(("name", "is_doubted"), [("2023_holiday", True), ("200_holiday", False)])
+def test_a_year_that_is_taken_for_repeats_is_said(
+    tmp_path: Path, picture: MakePicture, name: str, is_doubted: bool
+) -> None:
+    picture(f"{name}/a.png")
+    assert has_note(scan(tmp_path), name, "taken as the number of repeats", "rename") == is_doubted

@@ -21,6 +21,7 @@ from lorasmith.data.images import foreign_pictures_in, pictures_in, probe_all, r
 from lorasmith.data.records import ImageRecord, Scan
 from lorasmith.errors import UserError
 
+_MANY_REPEATS = 500  # sd-scripts' documents go up to about 200; years and picture numbers are above
 _DREAMBOOTH_NAME = re.compile(r"(\d*[1-9]\d*)_(.*\S.*)")
 
 
@@ -130,6 +131,11 @@ def _refuse_bad_captions(
 def _part_notes(part: _Part, captions: CaptionFiles) -> list[str]:
     """Say what is used of a folder, and what in it might be a mistake."""
     notes = [_part_summary(part, captions)]
+    if part.is_dreambooth and part.repeats > _MANY_REPEATS:
+        notes.append(
+            f"{part.name}: the {part.repeats} before the _ is taken as the number of repeats; "
+            "if it is a year or another number, rename the folder (1_your words)"
+        )
     foreign = foreign_pictures_in(part.folder)
     if foreign:
         notes.append(
