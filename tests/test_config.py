@@ -140,6 +140,24 @@ def test_one_line_names_the_option_the_value_and_what_was_expected(given: dict[s
     assert mistakes(given) == [line]
 
 
+@pytest.mark.parametrize("name", ["", " ", "../last", "a/b", "a\\b", ".hidden", "what?", "C:x"])
+def test_a_name_of_files_is_a_plain_one(name: str) -> None:
+    [line] = mistakes({"save": {"name": name}})
+    assert "is no plain file name" in line and "--output" in line
+
+
+def test_a_tilde_is_the_home_folder_on_the_command_line_and_in_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    path = tmp_path / "run.toml"
+    path.write_text('[data]\nimages = "~/photos"\n[model]\nbase = "~/m.ckpt"\nvae = "org/~vae"\n', encoding="utf-8")
+    cfg = build(TrainConfig, {"save": {"output": "~/out"}}, path)
+    assert (cfg.data.images, cfg.save.output) == (tmp_path / "photos", tmp_path / "out")
+    assert (cfg.model.base, cfg.model.vae) == (str(tmp_path / "m.ckpt"), "org/~vae")
+
+
 def test_every_mistake_is_told_at_once() -> None:
     assert len(mistakes({"network": {"rank": "a", "alpha": "b"}, "training": {"steps": "-1"}})) == 3
 

@@ -6,6 +6,7 @@ unique over the sections of a command, so `--network.rank 8` and `--rank 8` mean
 """
 
 import difflib
+import os.path
 import re
 import sys
 from collections.abc import Mapping
@@ -66,6 +67,21 @@ Size = Annotated[
     AfterValidator(_check_size),
     Field(json_schema_extra={"format": "width,height"}),
 ]
+
+
+def _check_name(name: str) -> str:
+    if not name.strip() or name.startswith(".") or set(name) & set('/\\:*?"<>|'):
+        raise ValueError(
+            f'{name!r} is no plain file name; the folder goes into --output, and a name has no / \\ : * ? " < > | '
+            "and does not begin with a dot"
+        )
+    return name
+
+
+# A shell expands ~ at the start of a word only: not in --base=~/model, nor in a TOML file.
+Place = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
+PlaceOrHubId = Annotated[str, AfterValidator(os.path.expanduser)]
+FileName = Annotated[str, AfterValidator(_check_name)]
 Rate = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -73,11 +89,11 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class ModelSection(Section):
     """The base model that the LoRA is trained for."""
 
-    base: str = Field(
+    base: PlaceOrHubId = Field(
         default="",
         description="Base model: a .safetensors, .ckpt or .pt file, a diffusers folder, or a hub id (org/name).",
     )
-    vae: str | None = Field(
+    vae: PlaceOrHubId | None = Field(
         default=None, description="Another VAE instead of the base model's own: a file or a folder."
     )
     v2: bool | None = Field(
@@ -104,7 +120,7 @@ class NetworkSection(Section):
     train: Literal["both", "unet", "text_encoder"] = Field(
         default="both", description="Which parts get a LoRA: U-Net and text encoder, or one of them."
     )
-    weights: Path | None = Field(
+    weights: Place | None = Field(
         default=None, description="Start from this LoRA file; rank and alpha are taken from it, every name must match."
     )
 
@@ -112,18 +128,18 @@ class NetworkSection(Section):
 class DataSection(Section):
     """The pictures and their captions."""
 
-    images: Path | None = Field(
+    images: Place | None = Field(
         default=None,
         description="Folder of pictures: a parent of DreamBooth folders (`N_identifier class`), one of them, "
         "or a plain folder.",
     )
-    regularization: Path | None = Field(
+    regularization: Place | None = Field(
         default=None, description="Folder of regularization pictures (prior preservation), laid out like `images`."
     )
     prior_loss_weight: Annotated[float, Field(ge=0)] = Field(
         default=1.0, description="Weight of the regularization pictures' loss."
     )
-    captions: Path | None = Field(
+    captions: Place | None = Field(
         default=None, description="Metadata JSON with captions and tags per picture (the fine-tuning method)."
     )
     caption: str | None = Field(default=None, description="Caption for pictures that have none of their own.")
@@ -208,8 +224,8 @@ class TrainingSection(Section):
 class SaveSection(Section):
     """Where results go and what the file says of itself."""
 
-    output: Path | None = Field(default=None, description="Folder for the LoRA, states, logs, samples and report.")
-    name: str | None = Field(
+    output: Place | None = Field(default=None, description="Folder for the LoRA, states, logs, samples and report.")
+    name: FileName | None = Field(
         default=None, description="Base name of the files; left out, `last`, `epoch-000001`, `step-00000100`."
     )
     format: Literal["safetensors", "pt", "ckpt"] = Field(default="safetensors", description="File format of the LoRA.")
@@ -270,7 +286,7 @@ class TrainConfig(Section):
     """Train a LoRA on pictures."""
 
     dry_run: bool = Field(default=False, description="Print the plan and stop before anything is loaded or written.")
-    resume: Path | None = Field(
+    resume: Place | None = Field(
         default=None,
         description="Go on with a stopped run: its output folder or one of its states; options come from it.",
     )
@@ -294,6 +310,8 @@ def contradictions(cfg: TrainConfig) -> list[str]:
     """Return one sentence for each pair of options that cannot both be meant."""
     data, training, network, optimizer = cfg.data, cfg.training, cfg.network, cfg.optimizer
     augmentations = [name for name in ("flip", "color", "random_crop") if getattr(data, name)]
+    bucket_limits = [name for name in ("bucket_min", "bucket_max", "bucket_step") if _is_changed(data, name)]
+    taken_from_weights = [name for name in ("rank", "alpha") if name in network.model_fields_set]
     checks = {
         "steps and epochs are both given; give one of them": training.steps and training.epochs,
         f"cache_latents keeps each picture as it is, but {' and '.join(augmentations)} would change it every time; "
@@ -317,15 +335,34 @@ def contradictions(cfg: TrainConfig) -> list[str]:
         "captions names a metadata JSON, but images, the folder of its pictures, is missing": (
             data.captions and not data.images and not cfg.resume
         ),
-        "network.weights brings its own rank and alpha; leave out alpha": network.weights and network.alpha,
+        f"weights brings its own rank and alpha; leave out {' and '.join(taken_from_weights)}": (
+            network.weights and taken_from_weights
+        ),
+        f"{' and '.join(bucket_limits)} would change the buckets, but they are off; "
+        "add buckets, or leave out the other": not data.buckets and bucket_limits,
+        "prior_loss_weight is for regularization pictures, but regularization, their folder, is missing; "
+        "give it, or leave the weight out": not data.regularization and _is_changed(data, "prior_loss_weight"),
+        f"images and regularization are the same folder, {data.images}; give regularization pictures of the class, "
+        "not of the thing itself, in a folder of their own": (
+            data.images
+            and data.regularization
+            and os.path.realpath(data.images) == os.path.realpath(data.regularization)
+        ),
+        "resume goes on with a run, but overwrite starts afresh; leave out one of them": (
+            cfg.resume and cfg.save.overwrite
+        ),
     }
     return [message for message, is_wrong in checks.items() if is_wrong]
+
+
+def _is_changed(section: Section, name: str) -> bool:
+    return getattr(section, name) != type(section).model_fields[name].default
 
 
 class DemoConfig(Section):
     """Train a LoRA on the embedded model and show what it learned."""
 
-    output: Path = Field(default=Path("lorasmith-demo"), description="Folder for the demo's results.")
+    output: Place = Field(default=Path("lorasmith-demo"), description="Folder for the demo's results.")
     steps: PositiveInt = Field(default=300, description="Optimizer steps.")
     seed: Annotated[int, Field(ge=0)] = Field(
         default=42, description="Everything random in the demo follows from this number."
