@@ -12,7 +12,8 @@ _INK, _PAPER = (40, 40, 46), (250, 250, 248)
 def sheet(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
     """Return one picture with a caption above each column and a label before each row.
 
-    Pictures are shown between 160 and 384 pixels wide; small ones are enlarged without smoothing by whole factors.
+    The widest are shown between 160 and 384 pixels wide; small ones are enlarged without smoothing by whole factors.
+    Each keeps its own shape.
     """
     cell = _cell_size([picture for _, pictures in rows for picture in pictures])
     font = ImageFont.load_default(size=_FONT_SIZE)
@@ -42,5 +43,11 @@ def _cell_size(pictures: Sequence[Image.Image]) -> tuple[int, int]:
 
 
 def _fit(picture: Image.Image, cell: tuple[int, int]) -> Image.Image:
-    resample = Image.Resampling.NEAREST if picture.width < cell[0] else Image.Resampling.LANCZOS
-    return picture.convert("RGB").resize(cell, resample)
+    """Return the picture as large as the cell allows: pictures of a run may differ, a resumed one may change size."""
+    factor = min(cell[0] / picture.width, cell[1] / picture.height)
+    if factor >= 1:
+        size, resample = (picture.width * int(factor), picture.height * int(factor)), Image.Resampling.NEAREST
+    else:
+        size = max(1, round(picture.width * factor)), max(1, round(picture.height * factor))
+        resample = Image.Resampling.LANCZOS
+    return picture.convert("RGB").resize(size, resample)
