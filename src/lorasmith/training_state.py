@@ -7,6 +7,7 @@ written beside its place and renamed, so a state is whole or not there.
 
 import hashlib
 import json
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +20,8 @@ from torch import Tensor
 from lorasmith.checkpoint import file_sha256, synced_folder
 from lorasmith.errors import UserError
 
-_FACTS, _NETWORK, _OPTIMIZER = "state.json", "network.safetensors", "optimizer.pt"
+_FACTS, _NETWORK, _OPTIMIZER = _FILES = "state.json", "network.safetensors", "optimizer.pt"
+_NAME = re.compile(r"step-(\d{8,})")
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,9 @@ def save_state(
 ) -> Path:
     """Write a state, then remove all but the newest `keep`; return its folder.
 
+    Also removed are states of later steps, which are of a run that was gone back on, and what a killed run left half
+    written.
+
     Raises:
         UserError: the disk is full; older states are still there.
     """
@@ -66,14 +71,17 @@ def save_state(
         torch.save({"optimizer": optimizer, "scaler": scaler}, folder / _OPTIMIZER)
         hashes = {name: file_sha256(folder / name) for name in (_NETWORK, _OPTIMIZER)}
         (folder / _FACTS).write_text(json.dumps({**asdict(facts), "sha256": hashes}, indent=1), encoding="utf-8")
-    for old in list_states(states)[:-keep]:
-        shutil.rmtree(old)
+    listed = list_states(states)
+    reached = listed.index(target) + 1
+    for unwanted in [*listed[: max(0, reached - keep)], *listed[reached:], *states.glob(".step-*")]:
+        shutil.rmtree(unwanted)
     return target
 
 
 def list_states(states: Path) -> list[Path]:
-    """Return the complete states in a run's `states` folder, oldest first."""
-    return sorted(path for path in states.glob("step-*") if (path / _FACTS).is_file())
+    """Return the complete states in a run's `states` folder, oldest first; copies under other names are the user's."""
+    steps = {path: int(match[1]) for path in states.glob("step-*") if (match := _NAME.fullmatch(path.name))}
+    return sorted((path for path in steps if all((path / name).is_file() for name in _FILES)), key=lambda p: steps[p])
 
 
 def find_state(path: Path) -> Path:
@@ -83,8 +91,8 @@ def find_state(path: Path) -> Path:
         UserError: nothing there to go on from.
     """
     if (path / _FACTS).is_file():
-        return path
-    for folder in (path / "states", path):
+        return path.resolve()  # the run's folder is found from it, also when it is "."
+    for folder in (path / "states", path.resolve()):
         if found := list_states(folder):
             return found[-1]
     if not path.exists():
@@ -101,15 +109,25 @@ def load_state(folder: Path) -> State:
     Raises:
         UserError: a file is missing or was changed.
     """
-    facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
-    for name, expected in facts.pop("sha256").items():
+    try:
+        stored = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
+        stored_hashes = stored.pop("sha256")
+        hashes = {name: stored_hashes[name] for name in (_NETWORK, _OPTIMIZER)}
+        facts = StateFacts(**stored)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(folder / _FACTS) from error
+    for name, expected in hashes.items():
         if not (folder / name).is_file() or file_sha256(folder / name) != expected:
-            raise UserError(
-                f"{folder / name} is missing or damaged, so this state cannot be used; "
-                f"resume from another one in {folder.parent} or start the run again."
-            )
+            raise _damaged(folder / name)
     rest = torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True)
-    return State(StateFacts(**facts), load_file(folder / _NETWORK), rest["optimizer"], rest["scaler"])
+    return State(facts, load_file(folder / _NETWORK), rest["optimizer"], rest["scaler"])
+
+
+def _damaged(file: Path) -> UserError:
+    return UserError(
+        f"{file} is missing or damaged, so this state cannot be used; "
+        f"resume from another one in {file.parent.parent} or start the run again."
+    )
 
 
 def data_fingerprint(parts: list[str]) -> str:
