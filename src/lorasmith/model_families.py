@@ -19,17 +19,21 @@ __all__ = ["ModelFacts", "describe", "load", "target_shapes"]
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def describe(checkpoint: Checkpoint, *, v2: bool | None = None, prediction: str | None = None) -> ModelFacts:
+def describe(
+    checkpoint: Checkpoint, *, v2: bool | None = None, prediction: str | None = None, vae: str | None = None
+) -> ModelFacts:
     """Return what a base model's header says of it.
 
     Args:
         v2: what the user says the family is, checked; None: nothing was said.
         prediction: `epsilon` or `v_prediction` as the user says; None: nothing was said.
+        vae: a file or folder with another VAE than the model's own.
 
     Raises:
-        UserError: not a base model, of a family that is not supported, or contradicting what the user says.
+        UserError: not a base model, of a family that is not supported, without a VAE, or contradicting what the user
+            says.
     """
-    return _find(checkpoint).describe(checkpoint, v2=v2, prediction=prediction)
+    return _find(checkpoint).describe(checkpoint, v2=v2, prediction=prediction, vae=vae)
 
 
 def target_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:

@@ -63,8 +63,13 @@ def save_state(
     written.
 
     Raises:
-        UserError: the disk is full; older states are still there.
+        UserError: NaN or infinity in a weight, or the disk is full; older states are still there.
     """
+    if broken := [name for name, tensor in network.items() if not torch.isfinite(tensor).all()]:
+        raise UserError(
+            f"the weights became NaN or infinite at step {facts.step} (first: {broken[0]}), so no state was saved; "
+            "what was saved before is whole. Try a learning rate ten times lower (--learning-rate), or --max-grad-norm 1."
+        )
     target = states / f"step-{facts.step:08d}"
     with synced_folder(target) as folder:
         save_file({name: tensor.contiguous() for name, tensor in network.items()}, folder / _NETWORK)

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 import lorasmith
-from lorasmith import config, metadata, model_families, plugins
+from lorasmith import config, metadata, model_families
 from lorasmith.checkpoint import atomic_file, open_checkpoint
 from lorasmith.command_line import quoted
 from lorasmith.config import TrainConfig
@@ -38,6 +38,7 @@ from lorasmith.lr import multiplier
 from lorasmith.memory import estimate_training_memory, set_attention, set_gradient_checkpointing
 from lorasmith.models.base import Conditioning, LatentDiffusion
 from lorasmith.network import Network, Rule, check_ranks, match, part_of
+from lorasmith.optimizers.base import builder
 from lorasmith.output_folder import RUN_FILE, OutputFolder, check_free, move_aside
 from lorasmith.plan_page import caption_lines, memory_line, plan_page, shape_lines
 from lorasmith.processes import Processes
@@ -51,7 +52,9 @@ from lorasmith.training_state import State, StateFacts, data_fingerprint, find_s
 
 _DEFAULT_STEPS = 1600  # the document's scripts' own
 _NUM_DEFAULT_PROMPTS = 2
+_OF_ONE_START: Any = {"resume": True, "save": {"overwrite"}}  # options that a resumed run does not take over
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_FAMILY_TITLES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x"}
 _PART_TITLES = {"text_encoder": "text encoder", "unet": "U-Net"}
 _PATTERNS = {"both": "*", "unet": "lora_unet_*", "text_encoder": "lora_te*"}
 
@@ -82,12 +85,19 @@ def run(cfg: TrainConfig) -> int:
         state_folder = find_state(cfg.resume)
         cfg, state = _merged(cfg, state_folder.parent.parent), load_state(state_folder)
     _require(cfg)
+    check_device(cfg.training.device)
     processes = Processes(cfg.training.device)
     try:
         ready = prepare(cfg, processes, state)
         if processes.is_main:
             print(_page(cfg, ready, processes), flush=True)
         return 0 if cfg.dry_run else train(cfg, ready, processes)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise UserError(
+            f"{processes.device} has too little memory for this. What to try, in this order: --gradient-checkpointing; "
+            "--batch-size 1 with --gradient-accumulation; --precision bf16; a lower --resolution; closing other "
+            f"programs. ({str(error).strip().partition(chr(10))[0] or type(error).__name__})"
+        ) from error
     finally:
         processes.close()
 
@@ -95,15 +105,16 @@ def run(cfg: TrainConfig) -> int:
 def prepare(cfg: TrainConfig, processes: Processes, state: State | None) -> Preparation:
     """Look at all that was given: the model's header, the output folder, every picture; decide, load nothing."""
     precision = choose_precision(cfg.training.precision, processes.device)
+    builder(cfg.optimizer.optimizer)  # told now if there is none
     with open_checkpoint(cfg.model.base) as checkpoint:
-        facts = model_families.describe(checkpoint, v2=cfg.model.v2, prediction=cfg.model.prediction)
+        facts = model_families.describe(checkpoint, v2=cfg.model.v2, prediction=cfg.model.prediction, vae=cfg.model.vae)
         shapes = model_families.target_shapes(checkpoint)
     rules = _rules(cfg)
     shapes = {name: shapes[name] for name in match(shapes, rules)}
     if cfg.network.weights is None:
         check_ranks(shapes, rules)
     else:
-        Network.check(shapes, kohya.read(cfg.network.weights).tensors)
+        _check_weights(cfg.network.weights, facts, shapes)
     if cfg.resume is None:
         check_free(_folder(cfg), overwrite=cfg.save.overwrite)
     records, notes = _records(cfg)
@@ -118,6 +129,11 @@ def prepare(cfg: TrainConfig, processes: Processes, state: State | None) -> Prep
         seed=cfg.training.seed,
     )
     total_steps = cfg.training.steps or (cfg.training.epochs or 0) * plan.steps_per_epoch or _DEFAULT_STEPS
+    if cfg.optimizer.lr_warmup_steps >= total_steps:
+        raise UserError(
+            f"lr_warmup_steps = {cfg.optimizer.lr_warmup_steps} is not below the run's {total_steps} steps; "
+            "lower the first, or train longer with --steps or --epochs."
+        )
     fingerprint = data_fingerprint(
         [f"{asdict(record)} {asdict(crop)}" for record, crop in zip(_placeless(records), crops, strict=True)]
     )
@@ -149,7 +165,7 @@ def train(cfg: TrainConfig, ready: Preparation, processes: Processes) -> int:
     network.attach()
     set_attention(model, cfg.training.attention)
     set_gradient_checkpointing(model, cfg.training.gradient_checkpointing)
-    optimizer = plugins.find("optimizers", cfg.optimizer.optimizer).build(
+    optimizer = builder(cfg.optimizer.optimizer)(
         network.param_groups(
             learning_rate=cfg.optimizer.learning_rate,
             unet_lr=cfg.optimizer.unet_lr,
@@ -281,7 +297,7 @@ class _Session:
         if self.state is None and (aside := move_aside(self.folder)) is not None:
             print(f"the older run was moved to {aside}")
         self.folder.path.mkdir(parents=True, exist_ok=True)
-        stored = self.cfg.model_dump(mode="json", exclude_none=True, exclude_defaults=True, exclude={"resume"})
+        stored = self.cfg.model_dump(mode="json", exclude_none=True, exclude_defaults=True, exclude=_OF_ONE_START)
         with atomic_file(self.folder.run_file) as path:
             path.write_text(config.dump_toml(stored), encoding="utf-8")
         self.losses = LossLog(self.folder.loss_log, done=self.done)
@@ -374,6 +390,19 @@ def choose_precision(name: str, device: torch.device) -> str:
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
 
 
+def check_device(name: str) -> None:
+    """Refuse a device that is not here.
+
+    Raises:
+        UserError: lists those that are.
+    """
+    here = ["auto", "cpu", *(["mps"] if torch.backends.mps.is_available() else [])]
+    if torch.cuda.is_available():
+        here += ["cuda", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+    if name not in here:
+        raise UserError(f"--device {name}: not here; on this computer there are {', '.join(here)}.")
+
+
 def now() -> float:
     """Return the Unix time, or SOURCE_DATE_EPOCH where that is set, so that files can be made equal to the byte."""
     return float(os.environ.get("SOURCE_DATE_EPOCH") or time.time())
@@ -420,6 +449,26 @@ def _check_resumable(state: State, fingerprint: str, plan: Plan, total_steps: in
             f"this run is complete: {state.facts.step} of {total_steps} steps are done. To train longer, give more "
             "--steps; with a constant learning rate that equals one longer run."
         )
+
+
+def _check_weights(path: Path, facts: model_families.ModelFacts, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse starting weights that are broken, for another family, or not for exactly these layers."""
+    lora = kohya.read(path)
+    if lora.family not in (facts.family, "unknown"):
+        raise UserError(
+            f"--weights {path} is a LoRA for {_FAMILY_TITLES[lora.family]}, but the base model is {facts.title}; "
+            "give a LoRA that was trained for this base model, or the base model that it was trained for."
+        )
+    broken = [name for name, tensor in lora.tensors.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise UserError(
+            f"--weights {path} holds NaN or infinity in {len(broken)} tensors (first: {broken[0]}): the training that "
+            "made it had broken down; give an earlier save of it."
+        )
+    try:
+        Network.check(shapes, lora.tensors)
+    except UserError as error:
+        raise UserError(f"--weights {path}: {error}") from error
 
 
 def _folder(cfg: TrainConfig) -> OutputFolder:

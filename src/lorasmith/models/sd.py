@@ -147,15 +147,16 @@ def matches(shapes: Mapping[str, Shape]) -> bool:
     return _layout(shapes) is not None
 
 
-def describe(checkpoint: Checkpoint, *, v2: bool | None, prediction: str | None) -> ModelFacts:
+def describe(checkpoint: Checkpoint, *, v2: bool | None, prediction: str | None, vae: str | None) -> ModelFacts:
     """Return what the header says of the model.
 
     Args:
         v2: what the user says the family is; None: nothing.
         prediction: what the user says the U-Net predicts; None: nothing.
+        vae: another VAE's file or folder instead of the model's own.
 
     Raises:
-        UserError: it is of the other family, or takes other inputs than latents.
+        UserError: it is of the other family, takes other inputs than latents, or there is no VAE.
     """
     shapes = _shapes(checkpoint)
     layout = _require_layout(shapes)
@@ -166,6 +167,7 @@ def describe(checkpoint: Checkpoint, *, v2: bool | None, prediction: str | None)
             f"{checkpoint.path} is {_TITLES[family]} by its text encoder, but --v2 {str(v2).lower()} says that it is "
             f"{_TITLES['sd2' if v2 else 'sd1']}; leave --v2 out, or give the model that you mean."
         )
+    _check_vae(checkpoint.path, layout, vae)
     found, notes = _find_prediction(checkpoint, family, prediction)
     is_v = found == "v_prediction"
     side = 768 if family == "sd2" and is_v else 512
@@ -238,7 +240,7 @@ def load(
     """
     shapes = _shapes(checkpoint)
     layout = _require_layout(shapes, is_ema=ema)
-    facts = describe(checkpoint, v2=None, prediction=prediction)
+    facts = describe(checkpoint, v2=None, prediction=prediction, vae=vae)
     num_layers = keys.NUM_TEXT_LAYERS[layout.family]
     if not 1 <= clip_skip <= num_layers:
         raise UserError(f"clip skip {clip_skip}; {facts.title} has {num_layers} text layers, give 1 to {num_layers}.")
@@ -251,10 +253,9 @@ def load(
     if vae is not None:
         with open_checkpoint(Path(vae)) as other:
             own_vae = _load_vae(_Loader(other, device), _require_vae(other))
-    elif layout.vae is not None:
-        own_vae = _load_vae(loader, layout.vae)
     else:
-        raise UserError(f"{checkpoint.path} has no VAE in it; give one with --vae.")
+        assert layout.vae is not None, "describe has looked"
+        own_vae = _load_vae(loader, layout.vae)
     return StableDiffusion(layout.family, unet, text, own_vae, facts.prediction, clip_skip)
 
 
@@ -328,6 +329,14 @@ def _require_vae(checkpoint: Checkpoint) -> Table:
             "whole model with a VAE in it."
         )
     return table
+
+
+def _check_vae(path: Path, layout: _Layout, given: str | None) -> None:
+    if given is not None:
+        with open_checkpoint(given) as other:
+            _require_vae(other)
+    elif layout.vae is None:
+        raise UserError(f"{path} has no VAE in it; give one with --vae.")
 
 
 def _check_inputs(path: Path, unet: Mapping[str, Shape]) -> None:
