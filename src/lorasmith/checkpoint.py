@@ -267,7 +267,7 @@ def _tensors_in(content: Any) -> dict[str, TensorDescription]:
 def _open_folder(path: Path, stack: ExitStack) -> tuple[dict[str, _Reader], dict[str, dict[str, Any]]]:
     """Open a diffusers folder, or one component of it."""
     configs = {
-        file.parent.name: json.loads(file.read_text(encoding="utf-8"))
+        file.parent.name: _read_json(file)
         for pattern in ("*/config.json", "*/scheduler_config.json")
         for file in sorted(path.glob(pattern))
     }
@@ -293,14 +293,35 @@ def _weight_files(folder: Path) -> list[Path]:
                 return [file]
             index = folder / f"{stem}.{ending}.index.json"
             if index.is_file():
-                shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-                return [folder / name for name in sorted(set(shards))]
+                return _shards(index)
     return []
+
+
+def _shards(index: Path) -> list[Path]:
+    names = _read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise UserError(f"{index} names no files with weights; get the model folder anew.")
+    files = [index.parent / str(name) for name in sorted(set(names.values()))]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise UserError(f"{index.parent} is incomplete: {', '.join(missing)} are missing; get the model folder anew.")
+    return files
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); get the model folder anew.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object; get the model folder anew.")
+    return content
 
 
 def _is_hub_id(text: str) -> bool:
     parts = text.split("/")
-    return len(parts) == 2 and all(parts) and not text.startswith((".", "~")) and Path(text).suffix not in _SUFFIXES
+    if len(parts) != 2 or not all(parts) or text.startswith((".", "~")) or Path(text).suffix in _SUFFIXES:
+        return False
+    return not Path(parts[0]).is_dir()  # a misspelt name in a folder that is here is no reason to ask the hub
 
 
 _SUFFIXES = {".safetensors", ".ckpt", ".pt", ".bin", ".pth"}

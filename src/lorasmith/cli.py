@@ -6,6 +6,7 @@ imported only when the command runs.
 
 import argparse
 import difflib
+import errno
 import importlib
 import json
 import os
@@ -22,6 +23,18 @@ from lorasmith.errors import UserError
 
 _SCHEMA = "schema"
 _SCHEMA_HELP = "Print the JSON Schema of a command's options."
+# What fails outside of the program, and what to do; any other OSError is taken for a bug of ours.
+_NO_SPACE = "the disk is full; make room and start again (a run goes on with --resume), or save elsewhere"
+_OUTSIDE = {
+    errno.ENOSPC: _NO_SPACE,
+    errno.EDQUOT: _NO_SPACE,
+    errno.EFBIG: "the file grows larger than is allowed here; save elsewhere, or raise the limit (ulimit -f)",
+    errno.EACCES: "no right to open or write it; change its rights, or choose another place",
+    errno.EPERM: "no right to open or write it; change its rights, or choose another place",
+    errno.EROFS: "the place cannot be written to; choose another",
+    errno.EIO: "the disk or the network drive failed; check it, or use another",
+    errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
+}
 _METAVARS = {"integer": "N", "number": "X", "text": "TEXT", "path": "PATH", "list": "TEXT", "size": "W,H"}
 
 
@@ -37,10 +50,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `lorasmith train --help | head`: nobody reads on, which is no mistake
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if error.errno not in _OUTSIDE:
+            return _bug()
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{_OUTSIDE[error.errno]} ({error.strerror}).", 2)
     except Exception:
-        traceback.print_exc()
-        return _fail("this is a bug in lorasmith, not a mistake of yours; please report it with the lines above.", 1)
+        return _bug()
     return code
+
+
+def _bug() -> int:
+    traceback.print_exc()
+    return _fail("this is a bug in lorasmith, not a mistake of yours; please report it with the lines above.", 1)
 
 
 def _fail(message: str, code: int) -> int:
@@ -93,6 +115,7 @@ def _run(name: str, arguments: list[str]) -> int:
         print(parser.format_help(), end="")
         return 0
     file = given.pop("config")
+    file = file and file.expanduser()
     cfg = config.build(command, _nested(given), file)
     return importlib.import_module(f"lorasmith.commands.{name}").run(cfg)
 

@@ -105,6 +105,10 @@ def _check_writable(path: Path) -> None:
     existing = path
     try:
         while not existing.exists():
+            if existing.is_symlink():
+                raise UserError(
+                    f"--output {path}: {existing} is a link to nothing; remove it, or choose another place."
+                )
             if existing == existing.parent:
                 raise UserError(f"--output {path}: there is no such drive as {existing}; choose another place.")
             existing = existing.parent
