@@ -26,13 +26,12 @@ class Learner:
     """A small model with AdamW that learns from data which depends on the step alone."""
 
     def __init__(self) -> None:
-        self.model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 1))
+        first, last = nn.Linear(5, 7), nn.Linear(7, 1)
+        self.model = nn.Sequential(first, nn.Tanh(), last)
         generator = torch.Generator().manual_seed(0)
         for parameter in self.model.parameters():
             nn.init.normal_(parameter, generator=generator)
-        groups = [
-            {"params": part.parameters(), "lr": lr} for part, lr in zip(self.model[::2], (0.1, 0.01), strict=True)
-        ]
+        groups = [{"params": part.parameters(), "lr": lr} for part, lr in ((first, 0.1), (last, 0.01))]
         self.optimizer = torch.optim.AdamW(groups)
 
     def step(self, number: int) -> None:
