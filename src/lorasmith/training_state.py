@@ -68,7 +68,8 @@ def save_state(
     if broken := [name for name, tensor in network.items() if not torch.isfinite(tensor).all()]:
         raise UserError(
             f"the weights became NaN or infinite at step {facts.step} (first: {broken[0]}), so no state was saved; "
-            "what was saved before is whole. Try a learning rate ten times lower (--learning-rate), or --max-grad-norm 1."
+            "what was saved before is whole. Try a learning rate ten times lower (--learning-rate), or "
+            "--max-grad-norm 1."
         )
     target = states / f"step-{facts.step:08d}"
     with synced_folder(target) as folder:
