@@ -65,7 +65,8 @@ def test_plain_values_come_out_as_they_went_in(protocol: int) -> None:
         ("os", "system"), ("posix", "system"), ("nt", "system"), ("subprocess", "Popen"), ("builtins", "eval"),
         ("builtins", "exec"), ("__builtin__", "getattr"), ("builtins", "__import__"), ("importlib", "import_module"),
         ("runpy", "run_path"), ("torch", "load"), ("torch.hub", "load"), ("pickle", "loads"),
-        ("operator", "attrgetter"), ("functools", "partial"), ("os.path", "join"), ("shutil", "rmtree"), ("numpy", "load"), ("socket", "socket"),
+        ("operator", "attrgetter"), ("functools", "partial"), ("os.path", "join"), ("shutil", "rmtree"),
+        ("numpy", "load"), ("socket", "socket"),
     ],
 )  # fmt: skip
 def test_a_pickle_that_wants_to_run_code_is_refused_by_name(module: str, name: str) -> None:
