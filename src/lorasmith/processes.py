@@ -1,14 +1,26 @@
-"""One run over several processes: who am I, and sums over all of us.
+"""One run over several processes: who am I, sums over all of us, and failing together.
 
 Started by `accelerate launch` or `torchrun`; alone, every sum is its own argument. The base model is never wrapped:
 only the adapter's gradients, a few megabytes, travel.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import NoReturn
 
 import torch
 from torch import Tensor
+
+from lorasmith.errors import UserError
+
+# How long one may wait for the others: as long as process 0 needs to draw samples. One that ends is noticed at once.
+_PATIENCE = timedelta(days=1)
+
+
+class ProcessLostError(UserError):
+    """Another process of the run has ended without a word to this one."""
 
 
 class Processes:
@@ -23,7 +35,7 @@ class Processes:
         # accelerate reads its own and torchrun's variables and chooses the backend (gloo on the CPU).
         from accelerate import PartialState
 
-        state = PartialState(cpu=self.device.type == "cpu")
+        state = PartialState(cpu=self.device.type == "cpu", timeout=_PATIENCE)
         assert state.device is not None
         self.index, self.count, self.device = state.process_index, state.num_processes, state.device
 
@@ -31,30 +43,86 @@ class Processes:
     def is_main(self) -> bool:
         return self.index == 0
 
-    def sum_(self, tensor: Tensor) -> Tensor:
-        """Replace `tensor` by its sum over all processes and return it."""
-        if not self._is_alone:
-            torch.distributed.all_reduce(tensor)
-        return tensor
+    def sums(self, values: Sequence[float]) -> list[float]:
+        """Return the sum of each number over all processes."""
+        if self._is_alone:
+            return list(values)
+        return self._sum_(torch.tensor(values, dtype=torch.float64, device=self._message_device)).tolist()
 
     def sum_gradients_(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Replace each gradient by its sum over all processes, in one message."""
         if self._is_alone:
             return
         gradients = [p.grad for p in parameters if p.grad is not None]
-        flat = self.sum_(torch.cat([g.flatten() for g in gradients]))
+        flat = self._sum_(torch.cat([g.flatten() for g in gradients]))
         for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(summed.view_as(gradient))
 
-    def wait(self) -> None:
-        """Return when every process has come here."""
-        if not self._is_alone:
-            torch.distributed.barrier()
+    def share(self, tensor: Tensor, *, source: int) -> Tensor:
+        """Return process `source`'s tensor, on the CPU; the others give one of its shape and dtype, of any content."""
+        if self._is_alone:
+            return tensor
+        message = tensor.to(self._message_device, copy=True)
+        with _peers():
+            torch.distributed.broadcast(message, source)
+        return message.cpu()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Leave the block with all processes: what fails in one of them fails in all, so that none waits for it.
+
+        Raises:
+            UserError: in every process, with the message of the first that failed. Where the failure is a bug, its own
+                process raises it as it is.
+        """
+        if self._is_alone:
+            yield
+            return
+        failure: Exception | None = None
+        try:
+            yield
+        except ProcessLostError:
+            raise  # nobody is there to agree with
+        except Exception as error:
+            failure = error
+        if self.sums([float(failure is not None)]) != [0.0]:
+            self._fail_together(failure)
+
+    def _fail_together(self, failure: Exception | None) -> NoReturn:
+        told = str(failure) if isinstance(failure, UserError) else failure and f"process {self.index}: {failure!r}"
+        messages: list[str | None] = [None] * self.count
+        with _peers():
+            torch.distributed.all_gather_object(messages, told)
+        if failure is not None and not isinstance(failure, UserError):
+            raise failure
+        raise UserError(next(message for message in messages if message)) from failure
+
+    def _sum_(self, tensor: Tensor) -> Tensor:
+        with _peers():
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+    @property
+    def _message_device(self) -> torch.device:
+        """What the backend sends from: NCCL from GPUs, gloo from the CPU."""
+        return self.device if self.device.type == "cuda" else torch.device("cpu")
 
     def close(self) -> None:
         """Leave the group, so that no process hangs at exit."""
         if not self._is_alone:
             torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def _peers() -> Iterator[None]:
+    """Tell of a process that has gone, in place of the backend's words for a closed connection."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ProcessLostError(
+            "another process of this run has ended, and one alone cannot go on; what it said last tells why. "
+            f"To go on from the last state, start them all again with --resume. ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def choose_device(name: str) -> str:

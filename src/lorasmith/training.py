@@ -4,6 +4,7 @@ Draws nothing: noise, timesteps and augmentations come in the batches (law 1).
 """
 
 import math
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ from lorasmith.errors import UserError
 from lorasmith.losses import per_sample
 from lorasmith.models.base import Conditioning, LatentDiffusion
 from lorasmith.processes import Processes
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # the first one wins where processes got different ones
 
 
 class LossNotFiniteError(UserError):
@@ -43,10 +46,13 @@ def weighted_loss(model: LatentDiffusion, batch: Batch, encode: Callable[[list[s
 
 @dataclass
 class StepResult:
-    """What one step reports: the mean loss over all samples of all processes, and whether anyone was asked to stop."""
+    """What one step reports, alike in all processes.
+
+    loss: the mean over all samples of all processes. stop_signal: SIGINT or SIGTERM if any process got it.
+    """
 
     loss: float
-    is_stopping: bool
+    stop_signal: int | None
 
 
 class Stepper:
@@ -73,29 +79,36 @@ class Stepper:
         self._base_rates = [group["lr"] for group in optimizer.param_groups]
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=is_fp16)
 
-    def step(self, batches: Sequence[Batch], rate_multiplier: float, *, step: int, wants_stop: bool) -> StepResult:
+    def step(
+        self, batches: Sequence[Batch], rate_multiplier: float, *, step: int, stop_signal: int | None
+    ) -> StepResult:
         """Train on one global batch; `step` counts from 0 and is for messages only.
+
+        Args:
+            stop_signal: the signal that this process got; all learn of it and finish the same step.
 
         Raises:
             LossNotFiniteError: at the first NaN or infinite loss, before any weight is changed.
         """
-        self._optimizer.zero_grad(set_to_none=True)
-        totals = torch.zeros(2, dtype=torch.float64)
-        for batch in batches:
-            loss = weighted_loss(self._model, batch, self._encode)
-            totals[0] += loss.detach().double().cpu()
-            self.scaler.scale(loss).backward()
-        totals[1] = float(wants_stop)
-        loss_value, stops = self._processes.sum_(totals.to(self._sum_device())).tolist()
-        if not math.isfinite(loss_value):
-            raise LossNotFiniteError(not_finite_message(step, loss_value))
+        with self._processes.together():
+            loss = self._accumulate(batches)
+        loss, *num_stops = self._processes.sums([loss, *(float(stop_signal == number) for number in STOP_SIGNALS)])
+        if not math.isfinite(loss):
+            raise LossNotFiniteError(not_finite_message(step, loss))
         self._processes.sum_gradients_(self._parameters)
         self._update(rate_multiplier)
-        return StepResult(loss_value, stops > 0)
+        stops = [number for number, count in zip(STOP_SIGNALS, num_stops, strict=True) if count]
+        return StepResult(loss, stops[0] if stops else None)
 
-    def _sum_device(self) -> torch.device:
-        device = self._processes.device
-        return device if device.type == "cuda" else torch.device("cpu")
+    def _accumulate(self, batches: Sequence[Batch]) -> float:
+        """Add up the gradients of this process's batches; return its part of the loss."""
+        self._optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), dtype=torch.float64)
+        for batch in batches:
+            loss = weighted_loss(self._model, batch, self._encode)
+            total += loss.detach().double().cpu()
+            self.scaler.scale(loss).backward()
+        return total.item()
 
     def _update(self, rate_multiplier: float) -> None:
         for group, rate in zip(self._optimizer.param_groups, self._base_rates, strict=True):

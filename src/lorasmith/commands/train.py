@@ -8,9 +8,10 @@ training configuration.
 
 import math
 import os
+import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 import lorasmith
 from lorasmith import config, metadata, model_families
@@ -148,7 +150,22 @@ def prepare(cfg: TrainConfig, processes: Processes, state: State | None) -> Prep
 
 
 def train(cfg: TrainConfig, ready: Preparation, processes: Processes) -> int:
-    """Load the model, train to the last step or until asked to stop, save and report."""
+    """Load the model, train to the last step or until asked to stop, save and report.
+
+    A mistake found here ends all processes, and process 0 alone tells of it.
+    """
+    try:
+        with processes.together():
+            session = _session(cfg, ready, processes)
+        return session.run(_dataset(cfg, ready, session.model, processes))
+    except UserError:
+        if processes.is_main:
+            raise
+        return 2
+
+
+def _session(cfg: TrainConfig, ready: Preparation, processes: Processes) -> "_Session":
+    """Load the model, and put network, optimizer and stepper on it, as a state left them if there is one."""
     device, state = processes.device, ready.state
     _make_deterministic(device)
     with open_checkpoint(cfg.model.base) as checkpoint:
@@ -186,8 +203,7 @@ def train(cfg: TrainConfig, ready: Preparation, processes: Processes) -> int:
         network.load_state_dict(state.network)
         optimizer.load_state_dict(state.optimizer)
         stepper.scaler.load_state_dict(state.scaler)
-    session = _Session(cfg, ready, processes, model, network, optimizer, stepper)
-    return session.run(_dataset(cfg, ready, model))
+    return _Session(cfg, ready, processes, model, network, optimizer, stepper)
 
 
 class _Session:
@@ -213,38 +229,45 @@ class _Session:
 
     def run(self, dataset: Dataset) -> int:
         """Train; return the exit code."""
+        together, is_main = self.processes.together, self.processes.is_main
         with ExitStack() as stack:
-            if self.processes.is_main:
-                self._open_folder(stack)
-            self.processes.wait()
-            if self.done == 0 and self.cfg.samples.before_after:
-                self._draw()
+            with together():
+                if is_main:
+                    self._open_folder(stack)
+                if self.done == 0 and self.cfg.samples.before_after:
+                    self._draw()
             stop = stack.enter_context(StopRequest())
-            was_stopped = self._loop(dataset, stop)
-            if was_stopped:
-                return self._leave(stop)
-            if self.processes.is_main:
-                self._finish()
+            if self._loop(dataset, stop):
+                with together():  # a launcher ends the others as soon as one has ended, but process 0 is saving
+                    return self._leave(stop)
+            with together():
+                if is_main:
+                    self._finish()
         return 0
 
     def _loop(self, dataset: Dataset, stop: StopRequest) -> bool:
         """Take steps to the end, or until any process was asked to stop; return whether that was so."""
-        total, optimizer, is_main = self.ready.total_steps, self.cfg.optimizer, self.processes.is_main
-        is_shown = self.cfg.log.progress and is_main
-        with Progress(total, self.done, self.processes.device, is_shown=is_shown) as progress:
-            for batches in dataset.prefetch(range(self.done, total), self.processes.index, self.cfg.data.workers):
+        total, optimizer, processes = self.ready.total_steps, self.cfg.optimizer, self.processes
+        is_shown = self.cfg.log.progress and processes.is_main
+        with Progress(total, self.done, processes.device, is_shown=is_shown) as progress:
+            prepared = dataset.prefetch(range(self.done, total), processes.index, self.cfg.data.workers)
+            while self.done < total:
+                with processes.together():
+                    batches = next(prepared)
                 rate = multiplier(
                     optimizer.lr_schedule, self.done, warmup_steps=optimizer.lr_warmup_steps, total_steps=total
                 )
-                wants_stop = stop.signal_number is not None
-                result = self.stepper.step(batches, rate, step=self.done, wants_stop=wants_stop)
+                result = self.stepper.step(batches, rate, step=self.done, stop_signal=stop.signal_number)
                 self.done += 1
-                if is_main:
-                    self._log(result.loss, rate)
-                progress.advance(result.loss)
-                if result.is_stopping:
+                with processes.together():
+                    if processes.is_main:
+                        self._log(result.loss, rate)
+                    progress.advance(result.loss)
+                    if result.stop_signal is None:
+                        self._save_and_draw_when_due(progress.say)
+                if result.stop_signal is not None:
+                    stop.signal_number = result.stop_signal  # maybe another process's
                     return self.done < total
-                self._save_and_draw_when_due(progress.say)
         return False
 
     def _save_and_draw_when_due(self, say: Callable[[str], None]) -> None:
@@ -584,7 +607,7 @@ def _make_deterministic(device: torch.device) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def _dataset(cfg: TrainConfig, ready: Preparation, model: LatentDiffusion) -> Dataset:
+def _dataset(cfg: TrainConfig, ready: Preparation, model: LatentDiffusion, processes: Processes) -> Dataset:
     data = cfg.data
     return Dataset(
         ready.plan,
@@ -594,7 +617,7 @@ def _dataset(cfg: TrainConfig, ready: Preparation, model: LatentDiffusion) -> Da
         sample_t=model.schedule.sample_t,
         latent_channels=model.latent_channels,
         latent_factor=model.latent_factor,
-        latents=_posteriors(cfg, ready, model) if ready.caches_latents else None,
+        latents=_posteriors(cfg, ready, model, processes) if ready.caches_latents else None,
         caption_options=CaptionOptions(data.shuffle_caption, data.keep_tokens, dropout=data.caption_dropout),
         augmentation=Augmentation(data.flip, data.color, data.random_crop),
         prior_loss_weight=data.prior_loss_weight,
@@ -602,15 +625,40 @@ def _dataset(cfg: TrainConfig, ready: Preparation, model: LatentDiffusion) -> Da
 
 
 @torch.no_grad()
-def _posteriors(cfg: TrainConfig, ready: Preparation, model: LatentDiffusion) -> Posteriors:
-    """Encode every picture once, one at a time, so that its bits do not depend on its neighbours."""
+def _posteriors(cfg: TrainConfig, ready: Preparation, model: LatentDiffusion, processes: Processes) -> Posteriors:
+    """Encode every picture once, one at a time, so that its bits do not depend on its neighbours.
+
+    Each process encodes its share, and all get all: the same picture may be drawn by any of them later.
+    """
     used = [i for i, repeats in enumerate(ready.plan.repeats) if repeats]
-    pixels = read_ahead(lambda i: plain_pixels(ready.records[i], ready.crops[i]), used, workers=cfg.data.workers)
+    mine = used[processes.index :: processes.count]
+    is_shown = cfg.log.progress and processes.is_main
+    encoded: dict[int, torch.Tensor] = {}  # mean and std, (2, C, H/f, W/f)
+    with processes.together():
+        pixels = read_ahead(lambda i: plain_pixels(ready.records[i], ready.crops[i]), mine, workers=cfg.data.workers)
+        for i, picture in zip(mine, _counted(pixels, len(mine), is_shown=is_shown), strict=True):
+            encoded[i] = torch.cat(model.encode_image(picture[None])).cpu()
     found: dict[tuple[int, Size], tuple[torch.Tensor, torch.Tensor]] = {}
-    for i, picture in zip(used, pixels, strict=True):
-        mean, std = model.encode_image(picture[None])
-        found[i, ready.crops[i].shape] = mean[0].cpu(), std[0].cpu()
+    for number, i in enumerate(used):
+        (width, height), factor = ready.crops[i].shape, model.latent_factor
+        moments = encoded.get(i, torch.empty(2, model.latent_channels, height // factor, width // factor))
+        mean, std = processes.share(moments, source=number % processes.count)
+        found[i, ready.crops[i].shape] = mean, std
     return found
+
+
+def _counted(pictures: Iterable[torch.Tensor], count: int, *, is_shown: bool) -> Iterable[torch.Tensor]:
+    """Return the pictures, counted by a bar on a terminal and told of by a line elsewhere, as `Progress` does."""
+    if is_shown and not sys.stderr.isatty():
+        print(f"caching latents: {count} pictures to encode", flush=True)
+    return tqdm(
+        pictures,
+        desc="caching latents",
+        total=count,
+        unit="picture",
+        dynamic_ncols=True,
+        disable=not (is_shown and sys.stderr.isatty()),
+    )
 
 
 def _placeless(records: list[ImageRecord]) -> list[ImageRecord]:
