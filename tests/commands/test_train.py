@@ -138,6 +138,19 @@ def test_mistakes_end_with_one_message_and_nothing_written(
     assert not (tmp_path / "out").exists()
 
 
+def test_starting_weights_bring_their_rank_and_alpha(
+    base: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = command(base, pictures, tmp_path / "first", "--steps", "1", "--rank", "3", "--alpha", "1.5")
+    assert main(first) == 0
+    more = command(base, pictures, tmp_path / "more", "--steps", "1")
+    more = [*more[: more.index("--rank")], *more[more.index("--rank") + 2 :]]
+    assert main([*more, "--weights", str(tmp_path / "first" / "last.safetensors")]) == 0
+    assert "rank 3, alpha 1.5, effective scale 0.5" in capsys.readouterr().out.partition("starting from")[0]
+    with safe_open(tmp_path / "more" / "last.safetensors", "pt") as file:
+        assert (file.metadata()["ss_network_dim"], file.metadata()["ss_network_alpha"]) == ("3", "1.5")
+
+
 def test_a_dry_run_prints_the_plan_and_writes_nothing(
     base: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -68,6 +68,8 @@ class Preparation:
     facts: model_families.ModelFacts
     precision: str
     shapes: dict[str, tuple[int, ...]]  # of the layers to train, by saved name
+    rank: int  # the largest, where starting weights bring several
+    alpha: float
     resolution: Size
     records: list[ImageRecord]
     crops: list[CropPlan]
@@ -115,8 +117,9 @@ def prepare(cfg: TrainConfig, processes: Processes, state: State | None) -> Prep
     shapes = {name: shapes[name] for name in match(shapes, rules)}
     if cfg.network.weights is None:
         check_ranks(shapes, rules)
+        rank, alpha = cfg.network.rank, cfg.network.alpha or float(cfg.network.rank)
     else:
-        _check_weights(cfg.network.weights, facts, shapes)
+        rank, alpha = _check_weights(cfg.network.weights, facts, shapes)
     if cfg.resume is None:
         check_free(_folder(cfg), overwrite=cfg.save.overwrite)
     records, notes = _records(cfg)
@@ -144,7 +147,7 @@ def prepare(cfg: TrainConfig, processes: Processes, state: State | None) -> Prep
     augmentations = [cfg.data.flip, cfg.data.color, cfg.data.random_crop]
     caches_latents = not any(augmentations) if cfg.data.cache_latents is None else cfg.data.cache_latents
     return Preparation(
-        facts, precision, shapes, resolution, records, crops, [*notes, *plan.notes], plan, total_steps,
+        facts, precision, shapes, rank, alpha, resolution, records, crops, [*notes, *plan.notes], plan, total_steps,
         _prompts(cfg, records), caches_latents, fingerprint, state,
     )  # fmt: skip
 
@@ -474,8 +477,14 @@ def _check_resumable(state: State, fingerprint: str, plan: Plan, total_steps: in
         )
 
 
-def _check_weights(path: Path, facts: model_families.ModelFacts, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse starting weights that are broken, for another family, or not for exactly these layers."""
+def _check_weights(
+    path: Path, facts: model_families.ModelFacts, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[int, float]:
+    """Return the largest rank in starting weights, with its alpha.
+
+    Raises:
+        UserError: they are broken, for another family, or not for exactly these layers.
+    """
     lora = kohya.read(path)
     if lora.family not in (facts.family, "unknown"):
         raise UserError(
@@ -492,6 +501,10 @@ def _check_weights(path: Path, facts: model_families.ModelFacts, shapes: Mapping
         Network.check(shapes, lora.tensors)
     except UserError as error:
         raise UserError(f"--weights {path}: {error}") from error
+    ranks = {name: tensor.shape[0] for name, tensor in lora.tensors.items() if name.endswith(".lora_down.weight")}
+    widest = max(ranks, key=lambda name: ranks[name])
+    alpha = lora.tensors.get(f"{widest.removesuffix('.lora_down.weight')}.alpha")
+    return ranks[widest], float(ranks[widest] if alpha is None else alpha)
 
 
 def _folder(cfg: TrainConfig) -> OutputFolder:
@@ -679,16 +692,14 @@ def _page(cfg: TrainConfig, ready: Preparation, processes: Processes) -> str:
     """Return the plan as text."""
     network, optimizer, facts, plan = cfg.network, cfg.optimizer, ready.facts, ready.plan
     parts = Counter(part_of(name) for name in ready.shapes)
-    rank = "as in the file" if network.weights else network.rank
-    alpha = network.alpha or network.rank
-    scale = "alpha as in the file" if network.weights else f"alpha {alpha:g}, effective scale {alpha / network.rank:g}"
-    num_values = sum(network.rank * (shape[0] + math.prod(shape[1:])) for shape in ready.shapes.values())
+    num_values = sum(ready.rank * (shape[0] + math.prod(shape[1:])) for shape in ready.shapes.values())
     rates = {"text_encoder": optimizer.text_encoder_lr, "unet": optimizer.unet_lr}
     training_records = [record for record in ready.records if not record.is_prior]
     paragraphs = {
         "model": [f"{cfg.model.base}: {facts.title}, {facts.prediction} prediction", *facts.notes],
         "network": [
-            f"{network.adapter}, rank {rank}, {scale}: {len(ready.shapes)} modules "
+            f"{network.adapter}, rank {ready.rank}, alpha {ready.alpha:g}, effective scale "
+            f"{ready.alpha / ready.rank:g}: {len(ready.shapes)} modules "
             f"({', '.join(f'{count} {_PART_TITLES[part]}' for part, count in parts.items())}), "
             f"{num_values / 1e6:.2f} M values"
             + (f", starting from {network.weights}, which fits" if network.weights else "")
@@ -767,8 +778,8 @@ def _metadata(cfg: TrainConfig, ready: Preparation, step: int, started_at: float
         "sd_model_name": Path(cfg.model.base).name,
         "vae_name": Path(cfg.model.vae).name if cfg.model.vae else None,
         "clip_skip": cfg.model.clip_skip if cfg.model.clip_skip > 1 else None,
-        "network_dim": cfg.network.rank,
-        "network_alpha": cfg.network.alpha or cfg.network.rank,
+        "network_dim": ready.rank,
+        "network_alpha": ready.alpha,
         "output_name": name,
         "learning_rate": optimizer.learning_rate,
         "unet_lr": optimizer.unet_lr,
