@@ -45,7 +45,7 @@ def build(work: Path, output: Path, amounts: Amounts) -> None:
     work.mkdir(parents=True, exist_ok=True)
     for target, make in _stages(work, amounts):
         if not target.exists():
-            print(f"making {target.name}", flush=True)
+            _announce(target)
             make()
     _train_unet(work, amounts)
     pack(work / "unet-2.pt", work / "text.pt", work / "vae.pt", output)
@@ -73,11 +73,17 @@ def _train_unet(work: Path, amounts: Amounts) -> None:
     """Bring both stages to their ends, from the last checkpoint on."""
     first, second = work / "unet-1.pt", work / "unet-2.pt"
     if unet.steps_done(first) < amounts.unet_first_steps:
+        _announce(first)
         stage = unet.first_stage(amounts.unet_first_steps, amounts.unet_first_decay)
         unet.train_with_text(stage, work, amounts.num_shards, first, _journal(first))
     if unet.steps_done(second) < amounts.unet_second_steps:
+        _announce(second)
         stage = unet.second_stage(amounts.unet_second_steps, amounts.unet_second_decay)
         unet.train_alone(stage, first, work / "text.pt", work, amounts.num_shards, second, _journal(second))
+
+
+def _announce(target: Path) -> None:
+    print(f"making {target.name}", flush=True)
 
 
 def _journal(target: Path) -> Journal:

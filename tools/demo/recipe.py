@@ -4,6 +4,7 @@ and its three parts and tokenizer. Everything is a function of an index or of a 
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,26 +68,17 @@ def to_pixels(pictures: Sequence[Image.Image]) -> Tensor:
     return levels.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def to_picture(pixels: Tensor) -> Image.Image:
-    """Return (3, H, W) in [-1, 1] as a picture."""
-    return Image.fromarray(((pixels.clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0).contiguous().numpy())
-
-
 def tokenize(captions: Sequence[str]) -> Tensor:
     """Return token ids, (B, 77)."""
-    encoded = tokenizer.build()(
-        list(captions),
-        padding="max_length",
-        truncation=True,
-        max_length=tokenizer.NUM_POSITIONS,
-        return_tensors="pt",
-    )
-    return encoded.input_ids
+    to_tokens: Any = tokenizer.build()
+    options = {"padding": "max_length", "truncation": True, "max_length": tokenizer.NUM_POSITIONS}
+    return to_tokens(list(captions), **options, return_tensors="pt").input_ids
 
 
 def build_vae() -> AutoencoderKL:
     """Return the VAE: 8 pixels to a latent, as SD v1's, at an eighth of its width. Draws from torch's generator."""
-    return AutoencoderKL(
+    make: Any = AutoencoderKL  # its annotations say that tuples have one member
+    return make(
         in_channels=3,
         out_channels=3,
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -101,7 +93,8 @@ def build_vae() -> AutoencoderKL:
 
 def build_unet() -> UNet2DConditionModel:
     """Return the U-Net: SD v1's blocks, narrower. Draws from torch's generator."""
-    return UNet2DConditionModel(
+    make: Any = UNet2DConditionModel
+    return make(
         sample_size=SIZE // 8,
         in_channels=4,
         out_channels=4,
@@ -134,8 +127,8 @@ def build_text_encoder() -> CLIPTextModel:
             pad_token_id=tokenizer.END,
         )
     )
-    tokens = encoder.get_input_embeddings().weight
-    signs = torch.randint(0, 2, tuple(tokens.shape), generator=torch.Generator().manual_seed(5))
+    tokens = dict(encoder.named_parameters())["embeddings.token_embedding.weight"]
+    signs = torch.randint(0, 2, tokens.shape, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         tokens.copy_(signs * 0.04 - 0.02)
     return encoder
