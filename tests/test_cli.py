@@ -1,5 +1,6 @@
 """The command line as a user meets it: spellings, help, exit codes, and no torch before a command runs."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -135,6 +136,12 @@ def test_a_commands_exit_code_is_the_programs(train: Spy, code: int) -> None:
     [
         (UserError("no pictures\ngive some"), 2, "lorasmith: no pictures\nlorasmith: give some\n"),
         (KeyboardInterrupt(), 130, "lorasmith: stopped by Ctrl+C\n"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "out/loss.jsonl"),
+            2,
+            "lorasmith: out/loss.jsonl: no right to open or write it; change its rights, or choose another place "
+            "(Permission denied).\n",
+        ),
     ],
 )
 def test_what_a_user_did_is_told_without_a_traceback(
@@ -145,12 +152,15 @@ def test_what_a_user_did_is_told_without_a_traceback(
     assert capsys.readouterr().err == message
 
 
-def test_a_bug_keeps_its_traceback_and_is_called_one(train: Spy, capsys: pytest.CaptureFixture[str]) -> None:
-    train.outcome = ZeroDivisionError("division by zero")
+@pytest.mark.parametrize("bug", [ZeroDivisionError("division by zero"), FileNotFoundError(errno.ENOENT, "gone", "x")])
+def test_a_bug_keeps_its_traceback_and_is_called_one(
+    train: Spy, capsys: pytest.CaptureFixture[str], bug: Exception
+) -> None:
+    train.outcome = bug
     assert cli.main(["train"]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "Traceback (most recent call last):"
-    assert lines[-2] == "ZeroDivisionError: division by zero"
+    assert lines[-2] == f"{type(bug).__name__}: {bug}"
     assert lines[-1].startswith("lorasmith: this is a bug in lorasmith")
 
 
