@@ -3,12 +3,15 @@
 The processes are started by hand, as a launcher does: forked from a server that has imported everything once.
 """
 
+import itertools
 import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -152,7 +155,7 @@ def fixed_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["--epochs", "2"], False, "fp32"),  # three pictures: every second step has a padding sample
         (["--epochs", "1", "--gradient-accumulation", "2", "--no-cache-latents", "--color"], True, "fp32"),
-        (["--epochs", "2"], False, "bf16"),
+        pytest.param(["--epochs", "2"], False, "bf16", marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_of_batch_one_train_as_one_of_batch_two(
@@ -166,6 +169,8 @@ def test_two_processes_of_batch_one_train_as_one_of_batch_two(
     assert main(command(base, pictures, one, *options, "--batch-size", "2")) == 0
     ended = run_two(command(base, pictures, two, *options, "--batch-size", "1"), tmp_path / "logs")
     assert ended.codes == [0, 0], ended.errors
+    is_cached = "--no-cache-latents" not in options
+    assert ("caching latents: 2 pictures to encode" in ended.outputs[0]) == is_cached  # the other one does the third
     loss_tolerance, tolerance = {"fp32": (1e-5, 1e-3), "bf16": (1e-2, 0.1)}[precision]
     assert losses(two) == pytest.approx(losses(one), rel=loss_tolerance)
     assert distance(learned(two), learned(one)) < tolerance
@@ -174,7 +179,7 @@ def test_two_processes_of_batch_one_train_as_one_of_batch_two(
 @pytest.mark.parametrize(
     ("signals", "code"),
     [
-        ([(0, signal.SIGTERM), (1, signal.SIGTERM)], 143),
+        pytest.param([(0, signal.SIGTERM), (1, signal.SIGTERM)], 143, marks=pytest.mark.slow),
         ([(1, signal.SIGTERM)], 143),  # process 0, which saves, learns of it from the other
         ([(0, signal.SIGINT), (1, signal.SIGINT)], 130),
     ],
@@ -228,3 +233,36 @@ def test_what_fails_in_one_process_ends_both(
     assert ended.codes == codes
     assert ended.errors[0].startswith(message) and ended.errors[0].count("\n") == 1
     assert ("Traceback" in ended.errors[1]) == (codes[1] == 1)
+
+
+LAUNCHERS = [
+    ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"],
+    # `accelerate launch --cpu` starts one process, whatever number it is given, unless MPI is there.
+    ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0", "--module"],
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS, ids=["torchrun", "accelerate"])
+def test_launchers_start_both_and_a_signal_to_them_saves_what_was_reached(
+    base: Path, pictures: Path, tmp_path: Path, launcher: list[str]
+) -> None:
+    out = tmp_path / "out"
+    arguments = command(base, pictures, out, "--steps", "60", "--batch-size", "1")
+    run = subprocess.Popen(
+        [sys.executable, "-m", *launcher, "lorasmith", *arguments],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True,
+    )
+    assert run.stdout is not None
+    lines = iter(run.stdout.readline, "")
+    plan = list(itertools.takewhile(lambda line: not line.startswith("step "), lines))
+    assert any("1 on each of 2 processes" in line for line in plan)
+    run.send_signal(signal.SIGTERM)
+    rest = "".join(lines)
+    assert run.wait() != 0  # the launcher's own code for having been stopped
+    stopped = re.search(r"stopped after step (\d+) of 60", rest)
+    assert stopped is not None
+    assert (out / "states" / f"step-{int(stopped[1]):08d}" / "state.json").is_file()
+    assert not (out / "last.safetensors").exists()
