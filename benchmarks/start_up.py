@@ -1,6 +1,6 @@
 """How long a user waits: `lorasmith --help` against importing torch, and a run's start to its first step.
 
-    python benchmarks/start_up.py [--repeats 7]
+    python benchmarks/start_up.py [--repeats 5]
 
 The first step is compared with a program that only imports what any such trainer needs: torch, diffusers' models and
 transformers' text encoder. The model is a random miniature, so that what is measured is not its size. Counted is
@@ -75,7 +75,7 @@ def train_command(folder: Path) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         sides = {
