@@ -17,10 +17,10 @@ NUM_PICTURES = 16
 SHOWN_GROUNDS = ("blue", "yellow", "green", "white", "purple", "red")
 UNSEEN_GROUNDS = tuple(ground for ground in COLORS if ground not in SHOWN_GROUNDS)
 POSES = {  # the ends of the left and the right arm, and of the left and the right leg
-    "standing": ((-0.78, 0.42), (0.78, 0.42), (-0.24, 0.95), (0.24, 0.95)),
-    "waving": ((-0.78, 0.42), (0.86, -0.42), (-0.24, 0.95), (0.24, 0.95)),
-    "cheering": ((-0.86, -0.42), (0.86, -0.42), (-0.3, 0.95), (0.3, 0.95)),
-    "walking": ((-0.88, 0.2), (0.66, 0.5), (-0.46, 0.92), (0.4, 0.95)),
+    "standing": ((-0.8, 0.5), (0.8, 0.5), (-0.27, 0.93), (0.27, 0.93)),
+    "waving": ((-0.8, 0.5), (0.88, -0.3), (-0.27, 0.93), (0.27, 0.93)),
+    "cheering": ((-0.88, -0.3), (0.88, -0.3), (-0.3, 0.93), (0.3, 0.93)),
+    "walking": ((-0.88, 0.3), (0.8, 0.5), (-0.42, 0.9), (0.36, 0.93)),
 }
 _METAL: Color = (176, 186, 198)
 _DARK: Color = (62, 70, 84)
@@ -30,29 +30,29 @@ _LAMP: Color = (226, 48, 52)
 
 
 def robot(pen: Pen, pose: str) -> None:
-    """Draw it in unit coordinates: antenna, head with a visor, body, limbs."""
+    """Draw it in unit coordinates: limbs, body, antenna, head with a visor."""
     left_hand, right_hand, left_foot, right_foot = POSES[pose]
-    for shoulder, hand in (((-0.4, 0.06), left_hand), ((0.4, 0.06), right_hand)):
-        pen.line([shoulder, hand], 0.17, _METAL)
-        pen.circle(*hand, 0.13, _DARK)
-    for hip, foot in (((-0.2, 0.5), left_foot), ((0.2, 0.5), right_foot)):
-        pen.line([hip, foot], 0.2, _METAL)
-        pen.ellipse(foot[0], foot[1], 0.2, 0.11, _DARK)
-    pen.box(-0.44, -0.08, 0.44, 0.58, _BODY)
-    pen.circle(0, 0.24, 0.15, _METAL)
-    pen.line([(0, -0.78), (0, -1.0)], 0.08, _METAL)
-    pen.circle(0, -1.0, 0.12, _LAMP)
-    pen.box(-0.54, -0.8, 0.54, -0.14, _METAL)
-    pen.box(-0.42, -0.64, 0.42, -0.3, _DARK)
-    for x in (-0.2, 0.2):
-        pen.circle(x, -0.47, 0.11, _GLOW)
+    for start, end in (
+        ((-0.4, 0.12), left_hand),
+        ((0.4, 0.12), right_hand),
+        ((-0.24, 0.5), left_foot),
+        ((0.24, 0.5), right_foot),
+    ):
+        pen.line([start, end], 0.26, _METAL)
+    pen.box(-0.5, -0.06, 0.5, 0.62, _BODY)
+    pen.line([(0, -0.78), (0, -0.96)], 0.12, _METAL)
+    pen.circle(0, -0.98, 0.16, _LAMP)
+    pen.box(-0.66, -0.84, 0.66, -0.1, _METAL)
+    pen.box(-0.52, -0.66, 0.52, -0.26, _DARK)
+    for x in (-0.25, 0.25):
+        pen.circle(x, -0.46, 0.15, _GLOW)
 
 
 def draw_mascot(ground: str, pose: str, rng: random.Random) -> Image.Image:
     """Return a picture (SIZE x SIZE, RGB) of "a sks robot on a {ground} background"."""
     image = background(jitter(COLORS[ground], rng), rng)
     side = image.width
-    scale = side * rng.uniform(0.32, 0.42)
+    scale = side * rng.uniform(0.34, 0.43)
     center = (side / 2 + side * rng.uniform(-0.05, 0.05), side * 0.52 + side * rng.uniform(-0.03, 0.03))
     robot(Pen(image, center, scale, rng.uniform(-0.14, 0.14), rng.random() < 0.5), pose)
     return image.reduce(side // SIZE)
