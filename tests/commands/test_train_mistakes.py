@@ -572,6 +572,22 @@ def test_a_resumed_run_keeps_its_options(place: Path, refused: Refused, options:
     assert [part for part in parts if part not in message] == [], message
 
 
+def test_a_run_that_goes_on_elsewhere_writes_over_no_other_run(place: Path, tmp_path: Path, refused: Refused) -> None:
+    shutil.copytree(place / "run", tmp_path / "other")
+    onward = ["train", "--resume", str(place / "run"), "--steps", "2"]
+    message = refused(whole=[*onward, "--output", str(tmp_path / "other")])
+    assert f"{tmp_path / 'other'} already holds a run" in message
+
+
+def test_a_run_goes_on_where_it_lies_however_that_is_spelled(place: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(place / "run", tmp_path / "moved")  # its options name the place where it was
+    assert main(["train", "--resume", str(folder), "--steps", "2"]) == 0
+    assert (folder / "states" / "step-00000002").is_dir() and not (place / "run/states/step-00000002").exists()
+    state = folder / "states" / "step-00000002"
+    assert main(["train", "--resume", str(state), "--output", f"{folder}/../moved", "--steps", "3"]) == 0
+    assert (folder / "states" / "step-00000003").is_dir()
+
+
 def test_a_resumed_run_keeps_its_pictures(place: Path, tmp_path: Path, refused: Refused) -> None:
     write_pictures(tmp_path / "2_other thing", 1)
     whole = ["train", "--resume", str(place / "run"), "--steps", "4", "--images", str(tmp_path)]

@@ -86,8 +86,7 @@ def run(cfg: TrainConfig) -> int:
     """Train as configured; return the exit code: 0, or 130 / 143 when stopped by Ctrl+C / SIGTERM."""
     state = None
     if cfg.resume is not None:
-        state_folder = find_state(cfg.resume)
-        cfg, state = _merged(cfg, state_folder.parent.parent), load_state(state_folder)
+        cfg, state = _merged(cfg, _run_folder(cfg.resume)), load_state(find_state(cfg.resume))
     _require(cfg)
     check_device(cfg.training.device)
     processes = Processes(cfg.training.device)
@@ -120,7 +119,7 @@ def prepare(cfg: TrainConfig, processes: Processes, state: State | None) -> Prep
         rank, alpha = cfg.network.rank, cfg.network.alpha or float(cfg.network.rank)
     else:
         rank, alpha = _check_weights(cfg.network.weights, facts, shapes)
-    if cfg.resume is None:
+    if cfg.resume is None or _folder(cfg).path.resolve() != _run_folder(cfg.resume).resolve():
         check_free(_folder(cfg), overwrite=cfg.save.overwrite)
     records, notes = _records(cfg)
     resolution = cfg.data.resolution or facts.resolution
@@ -449,12 +448,22 @@ def _require(cfg: TrainConfig) -> None:
         )
 
 
+def _run_folder(resumed: Path) -> Path:
+    """Return the output folder of the run that is gone on with, given as itself or by one of its states."""
+    return find_state(resumed).parent.parent
+
+
 def _merged(given: TrainConfig, run_folder: Path) -> TrainConfig:
-    """Return a stopped run's options, with those given now where they may be changed."""
+    """Return a stopped run's options, with those given now where they may be changed.
+
+    It goes on where it lies now, which need not be where it began.
+    """
     run_file = run_folder / RUN_FILE
     if not run_file.is_file():
         raise UserError(f"--resume: {run_file} is missing, so the run's options are unknown; start the run again.")
-    merged = merge_options(config.load_toml(run_file), given.model_dump(exclude_unset=True, mode="json"))
+    stored = config.load_toml(run_file)
+    stored.setdefault("save", {})["output"] = str(run_folder)
+    merged = merge_options(stored, given.model_dump(exclude_unset=True, mode="json"))
     return config.build(TrainConfig, merged)
 
 
