@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -136,6 +137,30 @@ def test_mistakes_end_with_one_message_and_nothing_written(
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
     assert not (tmp_path / "out").exists()
+
+
+def test_sample_pictures_keep_their_captions_when_a_resumed_run_asks_for_others(
+    base: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lorasmith import samples_folder
+
+    drawn, draw = [], samples_folder.sheet
+
+    def sheet(columns: Any, rows: Any) -> Image.Image:
+        drawn.append((list(columns), [label for label, _ in rows]))
+        return draw(columns, rows)
+
+    monkeypatch.setattr(samples_folder, "sheet", sheet)
+    drawing = ["--before-after", "--sample-every-steps", "1", "--sample-steps", "1", "--train", "text_encoder"]
+    first = ["--prompts", "a cat", "a dog", "--steps", "3", "--state-every-steps", "1", "--keep-states", "9"]
+    assert main(command(base, pictures, tmp_path, *drawing, *first)) == 0
+    assert drawn[-1] == (["a cat", "a dog"], ["before", "step 1", "step 2", "step 3"])
+    back = ["train", "--resume", str(tmp_path / "states" / "step-00000001")]
+    assert main([*back, "--steps", "2"]) == 0  # step 3 belongs to the course that was left
+    assert drawn[-1] == (["a cat", "a dog"], ["before", "step 1", "step 2"])
+    assert (tmp_path / "report" / "samples.png").is_file()
+    assert main([*back, "--steps", "2", "--prompts", "a cow"]) == 0
+    assert drawn[-1] == (["a cow"], ["step 2"])
 
 
 def test_starting_weights_bring_their_rank_and_alpha(

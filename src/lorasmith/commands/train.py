@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 import lorasmith
@@ -47,8 +46,8 @@ from lorasmith.processes import Processes
 from lorasmith.progress import Progress
 from lorasmith.report import ReportContents, write_report
 from lorasmith.resume import merge_options
+from lorasmith.samples_folder import SamplesFolder
 from lorasmith.sampling import generate
-from lorasmith.sheets import sheet
 from lorasmith.training import Stepper
 from lorasmith.training_state import State, StateFacts, data_fingerprint, find_state, load_state, save_state
 
@@ -227,6 +226,7 @@ class _Session:
         self.started_at = now() if self.state is None else self.state.facts.started_at
         self.done = 0 if self.state is None else self.state.facts.step
         self.losses: LossLog | None = None
+        self.samples: SamplesFolder | None = None
         self.board: Any = None
 
     def run(self, dataset: Dataset) -> int:
@@ -327,6 +327,16 @@ class _Session:
             path.write_text(config.dump_toml(stored), encoding="utf-8")
         self.losses = LossLog(self.folder.loss_log, done=self.done)
         stack.callback(self.losses.close)
+        samples = self.cfg.samples
+        self.samples = SamplesFolder(
+            self.folder.samples,
+            self.ready.prompts,
+            {
+                "size": samples.sample_size or self.ready.resolution,
+                **samples.model_dump(include={"negative", "sample_steps", "guidance", "sample_seed"}),
+            },
+            done=self.done,
+        )
         if self.cfg.log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # takes a second, and not everyone wants it
 
@@ -364,6 +374,7 @@ class _Session:
         samples = self.cfg.samples
         if not self.processes.is_main or not self.ready.prompts:
             return
+        assert self.samples is not None
         size = samples.sample_size or self.ready.resolution
         seeds = [samples.sample_seed + i for i in range(len(self.ready.prompts))]
         pictures = generate(
@@ -375,16 +386,12 @@ class _Session:
             steps=samples.sample_steps,
             guidance=samples.guidance,
         )
-        moment = self.folder.samples / f"step-{self.done:08d}"
-        moment.mkdir(parents=True, exist_ok=True)
-        for number, picture in enumerate(pictures):
-            picture.save(moment / f"{number:02d}.png")
-        rows = [(_row_label(path), _pictures_in(path)) for path in sorted(self.folder.samples.glob("step-*"))]
-        sheet(self.ready.prompts, rows).save(self.folder.samples / "sheet.png")
+        self.samples.add(self.done, pictures)
 
     def _report(self, path: Path, norms: Mapping[str, float]) -> ReportContents:
         assert self.losses is not None
-        before, after = (_pictures_in(self.folder.samples / f"step-{step:08d}") for step in (0, self.done))
+        assert self.samples is not None
+        before, after = (self.samples.pictures(step) for step in (0, self.done))
         settings = self.cfg.model_dump(mode="json", exclude_none=True, exclude={"resume", "dry_run"})
         return ReportContents(
             title=f"{self.cfg.save.title or self.cfg.save.name or self.folder.path.name}: a LoRA",
@@ -686,15 +693,6 @@ def _counted(pictures: Iterable[torch.Tensor], count: int, *, is_shown: bool) ->
 def _placeless(records: list[ImageRecord]) -> list[ImageRecord]:
     """Return the records without where they lie, which a resumed run may change."""
     return [replace(record, path=Path(record.path.name), group="") for record in records]
-
-
-def _row_label(moment: Path) -> str:
-    step = int(moment.name.rpartition("-")[2])
-    return f"step {step}" if step else "before"
-
-
-def _pictures_in(moment: Path) -> list[Image.Image]:
-    return [Image.open(path).convert("RGB") for path in sorted(moment.glob("*.png"))]
 
 
 def _page(cfg: TrainConfig, ready: Preparation, processes: Processes) -> str:
