@@ -152,6 +152,24 @@ def test_what_a_user_did_is_told_without_a_traceback(
     assert capsys.readouterr().err == message
 
 
+@pytest.mark.parametrize(("rank", "processes", "is_told"), [("0", "2", True), ("1", "2", False), ("1", "1", True)])
+def test_of_several_processes_the_first_tells_a_mistake(
+    train: Spy,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    rank: str,
+    processes: str,
+    is_told: bool,
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    assert cli.main(["train", "--rnak", "8"]) == 2
+    assert ("there is no option --rnak" in capsys.readouterr().err) == is_told
+    train.outcome = ZeroDivisionError("division by zero")  # of this process alone
+    assert cli.main(["train"]) == 1
+    assert "this is a bug in lorasmith" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("bug", [ZeroDivisionError("division by zero"), FileNotFoundError(errno.ENOENT, "gone", "x")])
 def test_a_bug_keeps_its_traceback_and_is_called_one(
     train: Spy, capsys: pytest.CaptureFixture[str], bug: Exception

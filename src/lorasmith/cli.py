@@ -66,9 +66,17 @@ def _bug() -> int:
 
 
 def _fail(message: str, code: int) -> int:
+    """Tell why the program ends; of a mistake that all processes of a run meet, the first one tells."""
+    if code == 2 and _is_later_process():
+        return code
     for line in message.splitlines():
         print(f"lorasmith: {line}", file=sys.stderr)
     return code
+
+
+def _is_later_process() -> bool:
+    """Whether a launcher (torchrun, accelerate) started this process as another than its first."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK", "0") != "0"
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -218,6 +218,24 @@ def test_a_mistake_ends_both_with_one_message(base: Path, pictures: Path, tmp_pa
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rnak", "3"], "there is no option --rnak"),  # seen by each before they know of each other
+        (["--rank", "4000"], "rank 4000 is larger"),
+        pytest.param(["--resume", "nowhere"], "--resume nowhere: there is no such folder", marks=pytest.mark.slow),
+        pytest.param(["--images", "nowhere"], "there is no folder nowhere", marks=pytest.mark.slow),
+    ],
+)
+def test_a_mistake_before_the_first_step_is_told_once(
+    base: Path, pictures: Path, tmp_path: Path, options: list[str], message: str
+) -> None:
+    ended = run_two(command(base, pictures, tmp_path / "out", *STEPS, *options), tmp_path / "logs")
+    assert ended.codes == [2, 2]
+    assert ended.errors[0].startswith(f"lorasmith: {message}") and ended.errors[0].count("\n") == 1
+    assert (ended.outputs, ended.errors[1]) == (["", ""], "")
+
+
+@pytest.mark.parametrize(
     ("process", "error", "codes", "message"),
     [
         (1, UserError("cat.png has changed"), [2, 2], "cat.png has changed"),

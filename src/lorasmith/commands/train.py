@@ -90,7 +90,8 @@ def run(cfg: TrainConfig) -> int:
     check_device(cfg.training.device)
     processes = Processes(cfg.training.device)
     try:
-        ready = prepare(cfg, processes, state)
+        with processes.together():
+            ready = prepare(cfg, processes, state)
         if processes.is_main:
             print(_page(cfg, ready, processes), flush=True)
         return 0 if cfg.dry_run else train(cfg, ready, processes)
@@ -151,18 +152,10 @@ def prepare(cfg: TrainConfig, processes: Processes, state: State | None) -> Prep
 
 
 def train(cfg: TrainConfig, ready: Preparation, processes: Processes) -> int:
-    """Load the model, train to the last step or until asked to stop, save and report.
-
-    A mistake found here ends all processes, and process 0 alone tells of it.
-    """
-    try:
-        with processes.together():
-            session = _session(cfg, ready, processes)
-        return session.run(_dataset(cfg, ready, session.model, processes))
-    except UserError:
-        if processes.is_main:
-            raise
-        return 2
+    """Load the model, train to the last step or until asked to stop, save and report."""
+    with processes.together():
+        session = _session(cfg, ready, processes)
+    return session.run(_dataset(cfg, ready, session.model, processes))
 
 
 def _session(cfg: TrainConfig, ready: Preparation, processes: Processes) -> "_Session":
@@ -306,7 +299,7 @@ class _Session:
                 f"to go on: lorasmith train --resume {quoted(self.folder.path)}",
                 flush=True,
             )
-        return stop.exit_code or 143  # another process was asked: accelerate stops its processes with SIGTERM
+        return stop.exit_code
 
     def _finish(self) -> None:
         """Save the last LoRA and state, draw, and write the report."""
