@@ -311,7 +311,6 @@ def contradictions(cfg: TrainConfig) -> list[str]:
     data, training, network, optimizer = cfg.data, cfg.training, cfg.network, cfg.optimizer
     augmentations = [name for name in ("flip", "color", "random_crop") if getattr(data, name)]
     bucket_limits = [name for name in ("bucket_min", "bucket_max", "bucket_step") if _is_changed(data, name)]
-    taken_from_weights = [name for name in ("rank", "alpha") if name in network.model_fields_set]
     checks = {
         "steps and epochs are both given; give one of them": training.steps and training.epochs,
         f"cache_latents keeps each picture as it is, but {' and '.join(augmentations)} would change it every time; "
@@ -334,9 +333,6 @@ def contradictions(cfg: TrainConfig) -> list[str]:
         "leave out one of them": data.captions and data.caption_extension,
         "captions names a metadata JSON, but images, the folder of its pictures, is missing": (
             data.captions and not data.images and not cfg.resume
-        ),
-        f"weights brings its own rank and alpha; leave out {' and '.join(taken_from_weights)}": (
-            network.weights and taken_from_weights
         ),
         f"{' and '.join(bucket_limits)} would change the buckets, but they are off; "
         "add buckets, or leave out the other": not data.buckets and bucket_limits,

@@ -20,7 +20,9 @@ from torch import Tensor
 from lorasmith.checkpoint import file_sha256, synced_folder
 from lorasmith.errors import UserError
 
-_FACTS, _NETWORK, _OPTIMIZER = _FILES = "state.json", "network.safetensors", "optimizer.pt"
+NETWORK_FILE = "network.safetensors"  # a LoRA like those that are saved, in fp32
+_FACTS, _OPTIMIZER = "state.json", "optimizer.pt"
+_FILES = _FACTS, NETWORK_FILE, _OPTIMIZER
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -73,9 +75,9 @@ def save_state(
         )
     target = states / f"step-{facts.step:08d}"
     with synced_folder(target) as folder:
-        save_file({name: tensor.contiguous() for name, tensor in network.items()}, folder / _NETWORK)
+        save_file({name: tensor.contiguous() for name, tensor in network.items()}, folder / NETWORK_FILE)
         torch.save({"optimizer": optimizer, "scaler": scaler}, folder / _OPTIMIZER)
-        hashes = {name: file_sha256(folder / name) for name in (_NETWORK, _OPTIMIZER)}
+        hashes = {name: file_sha256(folder / name) for name in (NETWORK_FILE, _OPTIMIZER)}
         (folder / _FACTS).write_text(json.dumps({**asdict(facts), "sha256": hashes}, indent=1), encoding="utf-8")
     listed = list_states(states)
     reached = listed.index(target) + 1
@@ -86,8 +88,13 @@ def save_state(
 
 def list_states(states: Path) -> list[Path]:
     """Return the complete states in a run's `states` folder, oldest first; copies under other names are the user's."""
-    steps = {path: int(match[1]) for path in states.glob("step-*") if (match := _NAME.fullmatch(path.name))}
-    return sorted((path for path in steps if all((path / name).is_file() for name in _FILES)), key=lambda p: steps[p])
+    named = [path for path in states.glob("step-*") if _NAME.fullmatch(path.name)]
+    return sorted((path for path in named if all((path / name).is_file() for name in _FILES)), key=step_of)
+
+
+def step_of(state: Path) -> int:
+    """Return the steps that were done at one of the listed states."""
+    return int(state.name.partition("-")[2])
 
 
 def find_state(path: Path) -> Path:
@@ -118,7 +125,7 @@ def load_state(folder: Path) -> State:
     try:
         stored = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
         stored_hashes = stored.pop("sha256")
-        hashes = {name: stored_hashes[name] for name in (_NETWORK, _OPTIMIZER)}
+        hashes = {name: stored_hashes[name] for name in (NETWORK_FILE, _OPTIMIZER)}
         facts = StateFacts(**stored)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(folder / _FACTS) from error
@@ -126,7 +133,7 @@ def load_state(folder: Path) -> State:
         if not (folder / name).is_file() or file_sha256(folder / name) != expected:
             raise _damaged(folder / name)
     rest = torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True)
-    return State(facts, load_file(folder / _NETWORK), rest["optimizer"], rest["scaler"])
+    return State(facts, load_file(folder / NETWORK_FILE), rest["optimizer"], rest["scaler"])
 
 
 def _damaged(file: Path) -> UserError:

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import re
+import shlex
 import shutil
 import stat
 import subprocess
@@ -420,6 +421,16 @@ def test_weights_that_are_no_lora_for_it(
     assert message in told and str(tmp_path / name) in told
 
 
+@pytest.mark.parametrize(("option", "value"), [("--rank", "3"), ("--alpha", "1")])
+def test_weights_of_another_rank_or_alpha_than_asked_for(
+    place: Path, tmp_path: Path, refused: Refused, option: str, value: str
+) -> None:
+    lora = ["--weights", str(write_lora(tmp_path / "lora.safetensors", place / "models" / "sd1.safetensors"))]
+    message = refused(whole=weights(place, tmp_path, *lora, option, value))
+    assert "brings rank 2 and alpha 2" in message and f"{option} {value} is given; leave it out" in message
+    assert main([*weights(place, tmp_path, *lora, option, "2"), "--dry-run"]) == 0  # that is no contradiction
+
+
 def test_weights_with_nan(place: Path, tmp_path: Path, refused: Refused) -> None:
     path = write_lora(
         tmp_path / "nan.safetensors",
@@ -458,7 +469,6 @@ def test_weights_with_nan(place: Path, tmp_path: Path, refused: Refused) -> None
         (["--lr-warmup-steps", "10", "--steps", "10"], ["lr_warmup_steps = 10 is not below steps = 10", "lower"]),
         (["--lr-warmup-steps", "8", "--epochs", "2"], ["lr_warmup_steps = 8 is not below the run's 8 steps", "lower"]),
         (["--captions", "c.json", "--caption-extension", ".txt"], ["caption_extension is for caption files"]),
-        (["--weights", "x.safetensors", "--alpha", "2"], ["its own rank and alpha; leave out rank and alpha"]),
         (["--prior-loss-weight", "0.5"], ["prior_loss_weight is for regularization pictures", "give it"]),
         (["--name", "../last"], ["no plain file name", "--output"]),
         (["--optimizer", "adamv"], ["no optimizer named 'adamv'", "did you mean adamw"]),
@@ -642,6 +652,22 @@ def test_a_loss_that_is_not_finite(tmp_path: Path, stopped: Callable[..., str]) 
     assert sorted(path.name for path in (tmp_path / "out").glob("*.safetensors")) == [
         f"step-{step:08d}.safetensors" for step in steps
     ]
+    told, _, way_on = message.partition("; from there with a tenth of the learning rate: ")
+    assert f"The last whole state is that of step {steps[-1]}" in told
+    command = shlex.split(way_on)
+    assert command[:2] == ["lorasmith", "train"] and command[command.index("--learning-rate") + 1] == "1e+29"
+    assert main([*command[1:], "--dry-run"]) == 0
+
+
+def test_a_loss_that_is_not_finite_at_the_first_step(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lorasmith import training
+
+    monkeypatch.setattr(training, "per_sample", lambda a, b: (a - b).mean((1, 2, 3)) * torch.nan)
+    assert main(command(place, "--output", str(tmp_path / "out"))) == 2
+    message = one_message(capsys.readouterr().err)
+    assert "at step 1" in message and "state" not in message
 
 
 @pytest.mark.parametrize("options", [[], ["--save-every-steps", "9", "--state-every-steps", "1"]])

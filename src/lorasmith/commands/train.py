@@ -48,8 +48,18 @@ from lorasmith.report import ReportContents, write_report
 from lorasmith.resume import merge_options
 from lorasmith.samples_folder import SamplesFolder
 from lorasmith.sampling import generate
-from lorasmith.training import Stepper
-from lorasmith.training_state import State, StateFacts, data_fingerprint, find_state, load_state, save_state
+from lorasmith.training import LossNotFiniteError, Stepper
+from lorasmith.training_state import (
+    NETWORK_FILE,
+    State,
+    StateFacts,
+    data_fingerprint,
+    find_state,
+    list_states,
+    load_state,
+    save_state,
+    step_of,
+)
 
 _DEFAULT_STEPS = 1600  # the document's scripts' own
 _NUM_DEFAULT_PROMPTS = 2
@@ -118,7 +128,7 @@ def prepare(cfg: TrainConfig, processes: Processes, state: State | None) -> Prep
         check_ranks(shapes, rules)
         rank, alpha = cfg.network.rank, cfg.network.alpha or float(cfg.network.rank)
     else:
-        rank, alpha = _check_weights(cfg.network.weights, facts, shapes)
+        rank, alpha = _check_weights(cfg.network, facts, shapes)
     if cfg.resume is None or _folder(cfg).path.resolve() != _run_folder(cfg.resume).resolve():
         check_free(_folder(cfg), overwrite=cfg.save.overwrite)
     records, notes = _records(cfg)
@@ -232,7 +242,11 @@ class _Session:
                 if self.done == 0 and self.cfg.samples.before_after:
                     self._draw()
             stop = stack.enter_context(StopRequest())
-            if self._loop(dataset, stop):
+            try:
+                is_stopped = self._loop(dataset, stop)
+            except LossNotFiniteError as error:
+                raise LossNotFiniteError(f"{error}{self._way_on()}") from error
+            if is_stopped:
                 with together():  # a launcher ends the others as soon as one has ended, but process 0 is saving
                     return self._leave(stop)
             with together():
@@ -264,6 +278,30 @@ class _Session:
                     stop.signal_number = result.stop_signal  # maybe another process's
                     return self.done < total
         return False
+
+    def _way_on(self) -> str:
+        """Name the last whole state and the command that goes on from it more carefully; "" if there is none.
+
+        Resuming would come to the same step with the same loss, so it is a new run that starts from these weights.
+        """
+        states = [state for state in list_states(self.folder.states) if step_of(state) <= self.done]
+        if not states:
+            return ""
+        optimizer, output = self.cfg.optimizer, self.folder.path.resolve()
+        rates = {
+            "--learning-rate": optimizer.learning_rate,
+            "--unet-lr": optimizer.unet_lr,
+            "--text-encoder-lr": optimizer.text_encoder_lr,
+        }
+        words = [
+            "lorasmith", "train", "--config", output / RUN_FILE, "--weights", states[-1].resolve() / NETWORK_FILE,
+            *(word for flag, rate in rates.items() if rate is not None for word in (flag, f"{rate / 10:g}")),
+            "--output", f"{output}-2",
+        ]  # fmt: skip
+        return (
+            f" The last whole state is that of step {step_of(states[-1])}; from there with a tenth of the learning "
+            f"rate: {' '.join(map(quoted, words))}"
+        )
 
     def _save_and_draw_when_due(self, say: Callable[[str], None]) -> None:
         save, samples, done = self.cfg.save, self.cfg.samples, self.done
@@ -487,13 +525,16 @@ def _check_resumable(state: State, fingerprint: str, plan: Plan, total_steps: in
 
 
 def _check_weights(
-    path: Path, facts: model_families.ModelFacts, shapes: Mapping[str, tuple[int, ...]]
+    network: config.NetworkSection, facts: model_families.ModelFacts, shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[int, float]:
     """Return the largest rank in starting weights, with its alpha.
 
     Raises:
-        UserError: they are broken, for another family, or not for exactly these layers.
+        UserError: they are broken, for another family, not for exactly these layers, or of another rank or alpha than
+            is asked for.
     """
+    path = network.weights
+    assert path is not None
     lora = kohya.read(path)
     if lora.family not in (facts.family, "unknown"):
         raise UserError(
@@ -512,8 +553,16 @@ def _check_weights(
         raise UserError(f"--weights {path}: {error}") from error
     ranks = {name: tensor.shape[0] for name, tensor in lora.tensors.items() if name.endswith(".lora_down.weight")}
     widest = max(ranks, key=lambda name: ranks[name])
-    alpha = lora.tensors.get(f"{widest.removesuffix('.lora_down.weight')}.alpha")
-    return ranks[widest], float(ranks[widest] if alpha is None else alpha)
+    stored = lora.tensors.get(f"{widest.removesuffix('.lora_down.weight')}.alpha")
+    rank, alpha = ranks[widest], float(ranks[widest] if stored is None else stored)
+    given_rank = network.rank if "rank" in network.model_fields_set else None
+    for name, asked, value in (("rank", given_rank, rank), ("alpha", network.alpha, alpha)):
+        if asked is not None and not math.isclose(asked, value, rel_tol=1e-3):  # a file may hold alpha in fp16
+            raise UserError(
+                f"--weights {path} brings rank {rank} and alpha {alpha:g}, but --{name} {asked:g} is given; "
+                "leave it out."
+            )
+    return rank, alpha
 
 
 def _folder(cfg: TrainConfig) -> OutputFolder:
