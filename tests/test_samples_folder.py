@@ -58,9 +58,7 @@ def test_other_prompts_or_settings_begin_a_new_sheet(
     assert len(first.pictures(0)) == 2
 
 
-def test_a_course_that_was_gone_back_on_is_forgotten(
-    tmp_path: Path, sheets: list[tuple[list[str], list[str]]]
-) -> None:
+def test_a_course_that_was_gone_back_on_is_forgotten(tmp_path: Path, sheets: list[tuple[list[str], list[str]]]) -> None:
     first = SamplesFolder(tmp_path, ["a"], SETTINGS, done=0)
     for step in (0, 2, 4):
         first.add(step, pictures(1))
