@@ -1,6 +1,8 @@
 """Checkpointing and the attention change no gradient; the estimate is near what is counted on the full-size model."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -197,3 +199,43 @@ def test_the_estimate_is_what_was_counted_for_sd1_and_grows_as_it_should() -> No
         estimate(precision="fp32", resolution=(256, 256), attention=kind)["activations"] for kind in ("plain", "sdpa")
     ]
     assert extra[0] - extra[1] == pytest.approx(0.181e9, rel=0.02)
+
+
+class Movable(torch.nn.Module):
+    """A module that is only said to be somewhere, for there is no GPU to put a real one on."""
+
+    def __init__(self, place: str) -> None:
+        super().__init__()
+        self.places = [torch.device(place)]
+
+    def parameters(self, recurse: bool = True) -> Iterator[Any]:
+        yield SimpleNamespace(device=self.places[-1])
+
+    def to(self, device: torch.device) -> "Movable":  # type: ignore[override]
+        self.places.append(device)
+        return self
+
+
+def test_what_is_lent_comes_back_also_after_an_error() -> None:
+    gpu, vae = torch.device("cuda:1"), Movable("cpu")
+    with pytest.raises(KeyError), memory.lent(vae, gpu):
+        assert vae.places[-1] == gpu
+        raise KeyError
+    assert vae.places == [CPU, gpu, CPU]
+
+
+def test_the_vae_leaves_a_gpu_only_when_it_is_not_needed_for_every_step() -> None:
+    gpu = torch.device("cuda:1")
+    assert memory.vae_home(gpu, caches_latents=True) == CPU
+    assert memory.vae_home(gpu, caches_latents=False) == gpu
+    for other in (CPU, torch.device("mps")):
+        assert memory.vae_home(other, caches_latents=True) == other
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_what_is_lent_to_a_gpu_keeps_its_bits() -> None:
+    vae = torch.nn.Linear(3, 3)
+    before = vae.weight.detach().clone()
+    with memory.lent(vae, torch.device("cuda")):
+        assert vae.weight.is_cuda
+    assert vae.weight.device == CPU and torch.equal(vae.weight, before)

@@ -3,10 +3,12 @@
 Works on diffusers' and transformers' modules, and on numbers; knows no model family.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, Protocol
 
+import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -63,6 +65,22 @@ def set_attention(model: _Parts, kind: Attention) -> None:
     assert isinstance(model.denoiser, UNet2DConditionModel) and isinstance(model.text_encoder, PreTrainedModel)
     model.denoiser.set_attn_processor(AttnProcessor2_0() if kind == "sdpa" else AttnProcessor())
     model.text_encoder.set_attn_implementation("sdpa" if kind == "sdpa" else "eager")
+
+
+def vae_home(device: torch.device, *, caches_latents: bool) -> torch.device:
+    """Return where the VAE stays while training on `device`: not on a GPU that needs it for samples alone."""
+    return torch.device("cpu") if device.type == "cuda" and caches_latents else device
+
+
+@contextmanager
+def lent(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Have a module on the device for a while; afterwards it is back where it was."""
+    home = next(module.parameters()).device
+    module.to(device)
+    try:
+        yield
+    finally:
+        module.to(home)
 
 
 def estimate_training_memory(

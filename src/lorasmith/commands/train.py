@@ -36,7 +36,7 @@ from lorasmith.formats import kohya
 from lorasmith.interrupt import StopRequest
 from lorasmith.loss_log import LossLog
 from lorasmith.lr import multiplier
-from lorasmith.memory import estimate_training_memory, set_attention, set_gradient_checkpointing
+from lorasmith.memory import estimate_training_memory, lent, set_attention, set_gradient_checkpointing, vae_home
 from lorasmith.models.base import Conditioning, LatentDiffusion
 from lorasmith.network import Network, Rule, check_ranks, match, part_of
 from lorasmith.optimizers.base import builder
@@ -182,6 +182,7 @@ def _session(cfg: TrainConfig, ready: Preparation, processes: Processes) -> "_Se
             clip_skip=cfg.model.clip_skip,
             ema=cfg.model.ema,
         )
+    model.vae.to(vae_home(device, caches_latents=ready.caches_latents))
     network = _network(cfg, model)
     network.attach()
     set_attention(model, cfg.training.attention)
@@ -408,15 +409,16 @@ class _Session:
         assert self.samples is not None
         size = samples.sample_size or self.ready.resolution
         seeds = [samples.sample_seed + i for i in range(len(self.ready.prompts))]
-        pictures = generate(
-            self.model,
-            self.ready.prompts,
-            seeds=seeds,
-            size=size,
-            negative=samples.negative,
-            steps=samples.sample_steps,
-            guidance=samples.guidance,
-        )
+        with lent(self.model.vae, self.model.device):
+            pictures = generate(
+                self.model,
+                self.ready.prompts,
+                seeds=seeds,
+                size=size,
+                negative=samples.negative,
+                steps=samples.sample_steps,
+                guidance=samples.guidance,
+            )
         self.samples.add(self.done, pictures)
 
     def _report(self, path: Path, norms: Mapping[str, float]) -> ReportContents:
@@ -705,7 +707,7 @@ def _posteriors(cfg: TrainConfig, ready: Preparation, model: LatentDiffusion, pr
     mine = used[processes.index :: processes.count]
     is_shown = cfg.log.progress and processes.is_main
     encoded: dict[int, torch.Tensor] = {}  # mean and std, (2, C, H/f, W/f)
-    with processes.together():
+    with processes.together(), lent(model.vae, model.device):
         pixels = read_ahead(lambda i: plain_pixels(ready.records[i], ready.crops[i]), mine, workers=cfg.data.workers)
         for i, picture in zip(mine, _counted(pixels, len(mine), is_shown=is_shown), strict=True):
             encoded[i] = torch.cat(model.encode_image(picture[None])).cpu()
@@ -771,18 +773,21 @@ def _page(cfg: TrainConfig, ready: Preparation, processes: Processes) -> str:
             )
             + f", {optimizer.optimizer}, {optimizer.lr_schedule} after {optimizer.lr_warmup_steps} steps of warm-up"
         ],
-        "memory": [f"{ready.precision} on {processes.device}; {memory_line(_memory(cfg, ready, num_values))}"],
+        "memory": [
+            f"{ready.precision} on {processes.device}; {memory_line(_memory(cfg, ready, num_values, processes.device))}"
+        ],
         "output": [f"{_folder(cfg).last()}{f' (going on from step {ready.state.facts.step})' if ready.state else ''}"],
         "samples": [f'"{prompt}"' for prompt in ready.prompts] or ["none"],
     }
     return plan_page(f"lorasmith {lorasmith.__version__}: the plan", paragraphs)
 
 
-def _memory(cfg: TrainConfig, ready: Preparation, num_adapter_values: int) -> dict[str, int]:
-    """Return the estimated bytes while training, by part."""
+def _memory(cfg: TrainConfig, ready: Preparation, num_adapter_values: int, device: torch.device) -> dict[str, int]:
+    """Return the estimated bytes on the device while training, by part."""
     facts = ready.facts
+    has_vae = vae_home(device, caches_latents=ready.caches_latents) == device
     return estimate_training_memory(
-        num_values=facts.num_values,
+        num_values=facts.num_values if has_vae else {**facts.num_values, "vae": 0},
         width=facts.width,
         text_width=facts.text_width,
         num_text_layers=facts.num_text_layers,
