@@ -359,7 +359,7 @@ class DemoConfig(Section):
     """Train a LoRA on the embedded model and show what it learned."""
 
     output: Place = Field(default=Path("lorasmith-demo"), description="Folder for the demo's results.")
-    steps: PositiveInt = Field(default=300, description="Optimizer steps.")
+    steps: PositiveInt = Field(default=450, description="Optimizer steps.")
     seed: Annotated[int, Field(ge=0)] = Field(
         default=42, description="Everything random in the demo follows from this number."
     )

@@ -25,27 +25,19 @@ POSES = {  # the ends of the left and the right arm, and of the left and the rig
 _METAL: Color = (176, 186, 198)
 _DARK: Color = (62, 70, 84)
 _BODY: Color = (240, 120, 40)
-_GLOW: Color = (96, 226, 236)
-_LAMP: Color = (226, 48, 52)
 
 
 def robot(pen: Pen, pose: str) -> None:
-    """Draw it in unit coordinates: limbs, body, antenna, head with a visor."""
-    left_hand, right_hand, left_foot, right_foot = POSES[pose]
-    for start, end in (
-        ((-0.4, 0.12), left_hand),
-        ((0.4, 0.12), right_hand),
-        ((-0.24, 0.5), left_foot),
-        ((0.24, 0.5), right_foot),
-    ):
+    """Draw it in unit coordinates: limbs, body, antenna, head."""
+    shoulders, hips = ((-0.4, 0.12), (0.4, 0.12)), ((-0.24, 0.5), (0.24, 0.5))
+    for start, end in zip((*shoulders, *hips), POSES[pose], strict=True):
         pen.line([start, end], 0.26, _METAL)
     pen.box(-0.5, -0.06, 0.5, 0.62, _BODY)
-    pen.line([(0, -0.78), (0, -0.96)], 0.12, _METAL)
-    pen.circle(0, -0.98, 0.16, _LAMP)
-    pen.box(-0.66, -0.84, 0.66, -0.1, _METAL)
-    pen.box(-0.52, -0.66, 0.52, -0.26, _DARK)
-    for x in (-0.25, 0.25):
-        pen.circle(x, -0.46, 0.15, _GLOW)
+    pen.line([(0, -0.78), (0, -0.96)], 0.14, _METAL)
+    pen.circle(0, -0.98, 0.17, _BODY)
+    pen.box(-0.68, -0.84, 0.68, -0.1, _METAL)
+    for x in (-0.3, 0.3):
+        pen.circle(x, -0.48, 0.2, _DARK)
 
 
 def draw_mascot(ground: str, pose: str, rng: random.Random) -> Image.Image:

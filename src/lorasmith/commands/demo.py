@@ -35,12 +35,12 @@ from lorasmith.sheets import sheet
 BASE = FOLDER / "sd1-mini.safetensors"
 PICTURES = FOLDER / "pictures"
 # The mascot's pictures have other backgrounds: it must be drawn where it was never shown.
-MASCOT_PROMPTS = [f"a sks robot on a {ground} background" for ground in ("pink", "brown", "orange", "black") * 3]
-_GUIDANCE, _BATCH = 4.0, 16
-_NUM_REGULARIZATION = 48
+MASCOT_PROMPTS = [f"a sks robot on a {ground} background" for ground in ("pink", "brown", "black") * 4]
+_GUIDANCE, _BATCH = 2.0, 16
+_SCORED, _REGULARIZATION = range(16), range(1000, 1096)
 _TRAINING_OPTIONS = [
-    *("--batch-size", "8", "--learning-rate", "2e-3"),
-    *("--lr-schedule", "cosine", "--lr-warmup-steps", "10"),
+    *("--rank", "8", "--batch-size", "8", "--unet-lr", "5e-3", "--text-encoder-lr", "1.2e-3"),
+    *("--lr-schedule", "cosine", "--lr-warmup-steps", "20"),
 ]
 
 
@@ -73,13 +73,13 @@ def run(cfg: DemoConfig) -> int:
     folder.mkdir(parents=True)
     if folder != cfg.output:
         print(f"{cfg.output} holds something already; this demo goes into {folder}")
-    others = wishes(len(THINGS), offset=0)
+    others = wishes(_SCORED)
     prompts = [*MASCOT_PROMPTS, *(wish.prompt for wish in others)]
 
     print(f"1/4  The base model draws {len(prompts)} pictures; it does not know what a robot is.", flush=True)
     before = draw(load_base(), prompts, cfg.seed, "before")
     print(
-        f"2/4  The base model draws {_NUM_REGULARIZATION} regularization pictures, which keep what it knows.",
+        f"2/4  The base model draws {len(_REGULARIZATION)} regularization pictures, which keep what it knows.",
         flush=True,
     )
     write_regularization(folder / "regularization", cfg.seed)
@@ -108,10 +108,13 @@ def free_folder(wanted: Path) -> Path:
     return next(path for path in names if not path.exists())
 
 
-def wishes(count: int, *, offset: int) -> list[Wish]:
-    """Return `count` prompts that go round all things and, in long strides, all pairs of two colours."""
+def wishes(numbers: range) -> list[Wish]:
+    """Return the wishes of these numbers, below 1440; they go round the things, and no two are alike."""
     pairs = list(permutations(COLORS, 2))
-    return [Wish(THINGS[i % len(THINGS)], *pairs[(7 * i + offset) % len(pairs)]) for i in range(count)]
+    return [
+        Wish(THINGS[i % len(THINGS)], *pairs[(37 * (i // len(THINGS)) + 11 * (i % len(THINGS))) % len(pairs)])
+        for i in numbers
+    ]
 
 
 def load_base() -> LatentDiffusion:
@@ -148,7 +151,7 @@ def write_regularization(folder: Path, seed: int) -> None:
     """Have the base model draw what it knows, each picture with its prompt as the caption (prior preservation)."""
     own = folder / "1_thing"
     own.mkdir(parents=True)
-    known = [wish.prompt for wish in wishes(_NUM_REGULARIZATION, offset=45)]
+    known = [wish.prompt for wish in wishes(_REGULARIZATION)]
     for i, (prompt, picture) in enumerate(
         zip(known, draw(load_base(), known, seed + 1000, "regularization"), strict=True)
     ):
