@@ -1,21 +1,16 @@
 """The judge against pictures whose content is known, because they are drawn here."""
 
 import random
-import sys
-from pathlib import Path
 
+import draw
 import numpy as np
 import pytest
+from judge import blob
+from mascot import POSES, UNSEEN_GROUNDS, draw_mascot
 from PIL import Image, ImageCms, ImageFilter
 
 from lorasmith.demo import COLORS, FOLDER, MASCOT, THINGS
 from lorasmith.demo.judge import Judge, colors, to_lab
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "demo"))
-
-import draw
-from judge import blob
-from mascot import POSES, UNSEEN_GROUNDS, draw_mascot
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +43,8 @@ def test_it_names_nothing_where_nothing_can_be_named(judge: Judge, spoil: str) -
     rng = random.Random(spoil)
     pictures = [picture for *_, picture in drawings(2)]
     if spoil == "blobs":
-        spoilt = [blob(*rng.sample(list(COLORS), 2), rng) for _ in range(40)]
+        pairs = [rng.sample(list(COLORS), 2) for _ in range(40)]
+        spoilt = [blob(color, ground, rng) for color, ground in pairs]
     elif spoil == "blur":
         spoilt = [picture.filter(ImageFilter.GaussianBlur(13)) for picture in pictures]
     else:

@@ -4,7 +4,6 @@ Everything goes through `lorasmith demo`; a program judges. `tools/demo/README.m
 """
 
 import random
-import sys
 from dataclasses import astuple
 from pathlib import Path
 
@@ -12,15 +11,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from mascot import POSES, SHOWN_GROUNDS, UNSEEN_GROUNDS, draw_mascot
 
 from lorasmith.cli import main
 from lorasmith.commands import demo
 from lorasmith.commands.demo import MASCOT_PROMPTS, Score
 from lorasmith.models.base import LatentDiffusion
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "demo"))
-
-from mascot import POSES, SHOWN_GROUNDS, UNSEEN_GROUNDS, draw_mascot
 
 OTHERS = demo.wishes(range(100, 164))
 

@@ -201,8 +201,8 @@ def _share(answers: Sequence[bool]) -> float:
 
 
 def before_after(prompts: Sequence[str], before: Sequence[Image.Image], after: Sequence[Image.Image]) -> Image.Image:
-    """Return a sheet: four backgrounds for the robot, and four things that should stay as they are."""
-    shown = [*range(4), *range(len(MASCOT_PROMPTS), len(MASCOT_PROMPTS) + 4)]
+    """Return a sheet: three backgrounds for the robot, and three things that should stay as they are."""
+    shown = [0, 1, 2, *(len(MASCOT_PROMPTS) + THINGS.index(thing) for thing in ("house", "car", "mushroom"))]
     rows = [("before", [before[i] for i in shown]), ("with the LoRA", [after[i] for i in shown])]
     return sheet([prompts[i] for i in shown], rows)
 
