@@ -11,7 +11,7 @@ help: ## say what there is to make
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,clients]' --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,clients,jxl]' --constraint constraints.txt
 	touch $(STAMP)
 
 demo: $(STAMP) ## train on the embedded model and show what it learned, in minutes

@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 
+_COLORS = ("white", "black", "gray", "red", "green", "blue", "yellow")
+
+
 class Section(BaseModel):
     """A group of options; an unknown name in it is an error."""
 
@@ -69,6 +72,12 @@ Size = Annotated[
 ]
 
 
+def _check_color(color: str) -> str:
+    if color.lower() not in _COLORS and not re.fullmatch(r"#[0-9a-fA-F]{6}", color):
+        raise ValueError(f"{color!r} is no colour that is known; give one like #ff8000, or one of {', '.join(_COLORS)}")
+    return color.lower()
+
+
 def _check_name(name: str) -> str:
     if not name.strip() or name.startswith(".") or set(name) & set('/\\:*?"<>|'):
         raise ValueError(
@@ -82,6 +91,7 @@ def _check_name(name: str) -> str:
 Place = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
 PlaceOrHubId = Annotated[str, AfterValidator(os.path.expanduser)]
 FileName = Annotated[str, AfterValidator(_check_name)]
+Color = Annotated[str, AfterValidator(_check_color)]
 Rate = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -168,6 +178,14 @@ class DataSection(Section):
     color: bool = Field(default=False, description="Vary hue and gamma weakly; needs uncached latents.")
     random_crop: bool = Field(
         default=False, description="Crop at a random place instead of the centre; needs uncached latents."
+    )
+    alpha_color: Color = Field(
+        default="white",
+        description="Colour behind transparent pictures: `#rrggbb`, or white, black, gray, red, green, blue, yellow.",
+    )
+    max_megapixels: PositiveInt = Field(
+        default=179,
+        description="Refuse pictures of more million pixels: a small file can unpack to fill the memory.",
     )
     skip_unreadable: bool = Field(default=False, description="Leave unreadable pictures out instead of stopping.")
     cache_latents: bool | None = Field(

@@ -13,7 +13,8 @@ from lorasmith.errors import UserError
 # Where things lie now (what lies there is checked by its content), how long, how often, what is shown.
 CHANGEABLE = {
     "resume", "dry_run", "base", "vae", "images", "regularization", "captions", "weights", "output",
-    "steps", "epochs", "workers", "device", "batch_size", "cache_latents", "skip_unreadable", "gradient_checkpointing",
+    "steps", "epochs", "workers", "device", "batch_size", "cache_latents", "skip_unreadable", "max_megapixels",
+    "gradient_checkpointing",
     "save_every_epochs", "save_every_steps", "state_every_steps", "keep_states", "format", "save_precision",
     "title", "author", "description", "license", "tags", "trigger_phrase", "comment", "share_captions",
     "prompts", "sample_every_steps", "sample_every_epochs", "before_after", "negative", "sample_size", "sample_steps",

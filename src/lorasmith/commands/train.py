@@ -27,6 +27,7 @@ from lorasmith.command_line import quoted
 from lorasmith.config import TrainConfig
 from lorasmith.data.buckets import CropPlan, Size, assign, bucket_shapes, cover_and_crop
 from lorasmith.data.dataset import Augmentation, CaptionOptions, Dataset, Posteriors, plain_pixels, read_ahead
+from lorasmith.data.images import set_pixel_limit
 from lorasmith.data.plan import Plan, build_plan
 from lorasmith.data.records import ImageRecord
 from lorasmith.data.sources import folder as folder_source
@@ -581,6 +582,7 @@ def _records(cfg: TrainConfig) -> tuple[list[ImageRecord], list[str]]:
     """Return training and regularization pictures, with sentences about what was found."""
     data = cfg.data
     assert data.images is not None
+    set_pixel_limit(data.max_megapixels)
     if data.captions is not None:
         scan = metadata_json.scan(
             data.captions,
@@ -695,6 +697,7 @@ def _dataset(cfg: TrainConfig, ready: Preparation, model: LatentDiffusion, proce
         caption_options=CaptionOptions(data.shuffle_caption, data.keep_tokens, dropout=data.caption_dropout),
         augmentation=Augmentation(data.flip, data.color, data.random_crop),
         prior_loss_weight=data.prior_loss_weight,
+        alpha_color=data.alpha_color,
     )
 
 
@@ -707,9 +710,13 @@ def _posteriors(cfg: TrainConfig, ready: Preparation, model: LatentDiffusion, pr
     used = [i for i, repeats in enumerate(ready.plan.repeats) if repeats]
     mine = used[processes.index :: processes.count]
     is_shown = cfg.log.progress and processes.is_main
+
+    def pixels_of(i: int) -> torch.Tensor:
+        return plain_pixels(ready.records[i], ready.crops[i], cfg.data.alpha_color)
+
     encoded: dict[int, torch.Tensor] = {}  # mean and std, (2, C, H/f, W/f)
     with processes.together(), lent(model.vae, model.device):
-        pixels = read_ahead(lambda i: plain_pixels(ready.records[i], ready.crops[i]), mine, workers=cfg.data.workers)
+        pixels = read_ahead(pixels_of, mine, workers=cfg.data.workers)
         for i, picture in zip(mine, _counted(pixels, len(mine), is_shown=is_shown), strict=True):
             encoded[i] = torch.cat(model.encode_image(picture[None])).cpu()
     found: dict[tuple[int, Size], tuple[torch.Tensor, torch.Tensor]] = {}

@@ -84,6 +84,7 @@ class Dataset:
         sample_t: (n, generator) -> (n,) timesteps.
         latent_channels, latent_factor: C, and f = pixels per latent, of the model.
         latents: cached posteriors of all records, made by the caller from `plain_pixels`; without it pixels are given.
+        alpha_color: what is seen through transparent pictures.
         prior_loss_weight: weight of regularization pictures.
     """
 
@@ -101,12 +102,14 @@ class Dataset:
         caption_options: CaptionOptions = CaptionOptions(),
         augmentation: Augmentation = Augmentation(),
         prior_loss_weight: float = 1.0,
+        alpha_color: str = "white",
     ) -> None:
         assert latents is None or augmentation == Augmentation(), "cached latents cannot be augmented"
         self._plan, self._records, self._crops, self._seed = plan, records, crops, seed
         self._sample_t, self._latents = sample_t, latents
         self._latent_channels, self._latent_factor = latent_channels, latent_factor
         self._captions, self._augmentation, self._prior_loss_weight = caption_options, augmentation, prior_loss_weight
+        self._alpha_color = alpha_color
 
     def batch(self, step: int, process_index: int) -> list[Batch]:
         """Return one process's batches of a step, one for each unit of gradient accumulation.
@@ -161,7 +164,7 @@ class Dataset:
     def _pixels(self, step: int, sample: Sample) -> Tensor:
         record, crop, augmentation = self._records[sample.record], self._crops[sample.record], self._augmentation
         return prepare(
-            _open_unchanged(record),
+            _open_unchanged(record, self._alpha_color),
             crop,
             rng=self._random("picture", step, sample),
             flip=augmentation.flip,
@@ -186,17 +189,17 @@ class Dataset:
         return self._prior_loss_weight if self._records[sample.record].is_prior else 1.0
 
 
-def plain_pixels(record: ImageRecord, crop: CropPlan) -> Tensor:
+def plain_pixels(record: ImageRecord, crop: CropPlan, alpha_color: str = "white") -> Tensor:
     """Return a record's pixels (3, H, W) in [-1, 1], cropped as planned and not augmented: what is cached as latents.
 
     Raises:
         UserError: the picture is no longer what it was when the run began.
     """
-    return prepare(_open_unchanged(record), crop, rng=random.Random(0))
+    return prepare(_open_unchanged(record, alpha_color), crop, rng=random.Random(0))
 
 
-def _open_unchanged(record: ImageRecord) -> Image.Image:
-    image = open_image(record.path)
+def _open_unchanged(record: ImageRecord, alpha_color: str) -> Image.Image:
+    image = open_image(record.path, alpha_color=alpha_color)
     if image.size != record.size:
         raise UserError(
             f"{record.path} has changed during the run: it was {record.size[0]}x{record.size[1]} at the start and is "

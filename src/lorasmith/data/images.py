@@ -2,31 +2,51 @@
 
 Reading happens once for all pictures before training (`probe_all`), so that a broken file is known at the start and
 not an hour later. Only plain picture formats are decoded, whatever a file's name says: Pillow would otherwise hand a
-renamed EPS to Ghostscript.
+renamed EPS to Ghostscript. docs/pictures.md tells users what becomes of which kind.
 """
 
+import contextlib
 import difflib
 import hashlib
+import importlib
 import os
 import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from lorasmith.data.buckets import CropPlan, Size
 from lorasmith.errors import UserError
 
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "TIFF", "GIF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO", "QOI")
+# All that Pillow decodes and knows by its first bytes, but for EPS and WMF, which other programs draw. TGA has no such
+# bytes and is tried last.
+FORMATS = (
+    "PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "TIFF", "GIF", "AVIF", "JXL", "JPEG2000", "PPM", "ICO", "QOI", "PSD",
+    "ICNS", "CUR", "DDS", "PCX", "DCX", "SGI", "SUN", "XBM", "XPM", "FLI", "FITS", "PCD", "BLP", "FTEX", "MSP", "PIXAR",
+    "GBR", "TGA",
+)  # fmt: skip
 # Kinds that people do have in their folders and that are not read: worth a word rather than silence.
-_FOREIGN = {".heic", ".heif", ".jxl", ".psd", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".raw"}
+_FOREIGN = {".heic", ".heif", ".avif", ".jxl", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".raw"}
 _HEIC_BRANDS = {b"heic", b"heix", b"hevc", b"heim", b"mif1", b"msf1"}
+_JXL_BEGINNINGS = (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")
+_GET_JXL = "pip install 'lorasmith[jxl]' to read JPEG XL, or convert it to JPEG or PNG"
+_ANIMATIONS = {"GIF", "PNG", "WEBP", "AVIF", "FLI"}  # elsewhere further frames are pages, layers or previews
+
+_IS_ANIMATED = "animated pictures, of which only the first frame is used"
+_IS_CONVERTED = "converted to sRGB by their colour profile"
+_HAS_BAD_PROFILE = "with a colour profile that is broken or for other kinds of pictures, and taken as sRGB"
+_SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+_SAME_COLOUR = 2  # of 255: a profile that changes none by more is sRGB in other words
+_COLOUR_SPACES = {"RGB": ("RGB", "L"), "GRAY": ("L",), "CMYK": ("CMYK",)}  # of profiles: the modes that they fit
 
 _ORIENTATION = 0x0112  # EXIF tag
 _TRANSPOSE = {
@@ -48,6 +68,8 @@ _BRIGHTNESS = np.array([[1 / 3, 1 / 3, 1 / 3], [0.299, 0.587, 0.114]], dtype=np.
 # is fine.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 Image.init()
+with contextlib.suppress(ImportError):
+    importlib.import_module("pillow_jxl")  # the extra `jxl`: importing it tells Pillow of the format
 
 
 class UnreadablePicture(UserError):
@@ -56,6 +78,26 @@ class UnreadablePicture(UserError):
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(f"{path}: {reason}")
         self.reason = reason
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """An upright 8-bit RGB picture, and what is worth saying of its file: by which notes name it."""
+
+    image: Image.Image
+    remarks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Probed:
+    size: Size
+    content_hash: str
+    remarks: tuple[str, ...]
+
+
+def set_pixel_limit(megapixels: int) -> None:
+    """Refuse pictures of more than so many million pixels from now on, in the whole process: Pillow has one limit."""
+    Image.MAX_IMAGE_PIXELS = megapixels * 1_000_000 // 2  # Pillow warns from it on and refuses from its double on
 
 
 def extensions() -> set[str]:
@@ -73,6 +115,13 @@ def pictures_in(folder: Path) -> list[Path]:
 def foreign_pictures_in(folder: Path) -> list[Path]:
     """Return the files directly in a folder that are pictures of kinds which are not read, such as HEIC."""
     return [path for path in _visible_files(folder) if path.suffix.lower() in _FOREIGN - extensions()]
+
+
+def advice_for_foreign(pictures: Sequence[Path]) -> str:
+    """Return what to do with pictures of kinds that are not read."""
+    kinds = {path.suffix.lower() for path in pictures}
+    others = "make them JPEG or PNG"
+    return others if ".jxl" not in kinds else f"{_GET_JXL}" + (f"; the others: {others}" if len(kinds) > 1 else "")
 
 
 def require_folder(folder: Path) -> None:
@@ -100,15 +149,16 @@ def _visible_files(folder: Path) -> list[Path]:
     return sorted(files, key=lambda path: path.name)
 
 
-def open_image(path: Path) -> Image.Image:
-    """Return a picture as 8-bit RGB, upright by its EXIF orientation, transparency laid on white.
+def open_image(path: Path, *, alpha_color: str = "white") -> Image.Image:
+    """Return a picture as 8-bit sRGB, upright by its EXIF orientation, transparency laid on a colour.
 
-    16-bit grey is scaled to 8 bit, palettes and CMYK are converted; of an animation the first frame is taken.
+    16-bit values are scaled to 8 bit; palettes, CMYK and LAB are converted, by the colour profile where there is one;
+    of an animation the first frame is taken.
 
     Raises:
-        UnreadablePicture: missing, empty, truncated, not a picture, or larger than Pillow's safe limit.
+        UnreadablePicture: missing, empty, truncated, not a picture, or larger than the limit.
     """
-    return _decode(path, _read(path))
+    return _decode(path, _read(path), alpha_color).image
 
 
 def probe(path: Path) -> tuple[Size, str]:
@@ -117,12 +167,12 @@ def probe(path: Path) -> tuple[Size, str]:
     Raises:
         UnreadablePicture: as `open_image`.
     """
-    data = _read(path)
-    return _decode(path, data).size, hashlib.sha256(data).hexdigest()
+    probed = _probe(path)
+    return probed.size, probed.content_hash
 
 
 def probe_all(paths: Sequence[Path], *, skip_unreadable: bool) -> tuple[dict[Path, tuple[Size, str]], list[str]]:
-    """Probe all pictures and return what `probe` says of each readable one, with notes on those left out.
+    """Probe all pictures and return what `probe` says of each readable one, with notes on those that are not plain.
 
     Raises:
         UserError: some cannot be read and are not to be skipped, or none can; lists every one with its reason.
@@ -130,9 +180,11 @@ def probe_all(paths: Sequence[Path], *, skip_unreadable: bool) -> tuple[dict[Pat
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         results = dict(zip(paths, pool.map(_probe_or_error, paths), strict=True))
     errors = [result for result in results.values() if isinstance(result, UnreadablePicture)]
-    probed = {path: result for path, result in results.items() if not isinstance(result, UnreadablePicture)}
+    readable = {path: result for path, result in results.items() if not isinstance(result, UnreadablePicture)}
+    probed = {path: (result.size, result.content_hash) for path, result in readable.items()}
+    notes = _remark_notes({path: result.remarks for path, result in readable.items()})
     if not errors:
-        return probed, []
+        return probed, notes
     listed = "".join(f"\n  {error}" for error in errors)
     if not skip_unreadable or not probed:
         advice = "none is left to train on" if not probed else "or leave them out with --skip-unreadable"
@@ -140,12 +192,27 @@ def probe_all(paths: Sequence[Path], *, skip_unreadable: bool) -> tuple[dict[Pat
             f"{len(errors)} of {len(paths)} pictures cannot be read; repair or remove them, {advice}:{listed}"
         )
     reasons = "; ".join(map(str, errors))
-    return probed, [f"left out because they cannot be read ({len(errors)} of {len(paths)}): {reasons}"]
+    return probed, [*notes, f"left out because they cannot be read ({len(errors)} of {len(paths)}): {reasons}"]
 
 
-def _probe_or_error(path: Path) -> tuple[Size, str] | UnreadablePicture:
+def _remark_notes(remarks: Mapping[Path, Sequence[str]]) -> list[str]:
+    notes = []
+    for remark in sorted({remark for found in remarks.values() for remark in found}):
+        names = [path.name for path, found in remarks.items() if remark in found]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        notes.append(f"{remark} ({len(names)}): {', '.join(names[:3])}{more}")
+    return notes
+
+
+def _probe(path: Path) -> _Probed:
+    data = _read(path)
+    decoded = _decode(path, data, "white")
+    return _Probed(decoded.image.size, hashlib.sha256(data).hexdigest(), decoded.remarks)
+
+
+def _probe_or_error(path: Path) -> _Probed | UnreadablePicture:
     try:
-        return probe(path)
+        return _probe(path)
     except UnreadablePicture as error:
         return error
 
@@ -160,16 +227,30 @@ def _read(path: Path) -> bytes:
     return data
 
 
-def _decode(path: Path, data: bytes) -> Image.Image:
+def _decode(path: Path, data: bytes, alpha_color: str) -> _Decoded:
     try:
         with Image.open(BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+            remarks = [_IS_ANIMATED] if _is_animated(image) else []
             image.load()
-            return _to_rgb(_upright(image))
+            profile = image.info.get("icc_profile")
+            image = _plain_mode(_upright(image))
+            colours, alpha = _without_alpha(image)
+            if profile:
+                colours, remark = _converted_to_srgb(colours, profile)
+                remarks += [remark] if remark else []
+            colours = colours.convert("RGB")
+            if alpha is not None:
+                colours = Image.composite(colours, Image.new("RGB", colours.size, alpha_color), alpha)
+            return _Decoded(colours, tuple(remarks))
     except UnidentifiedImageError as error:
         raise UnreadablePicture(path, _unidentified(data)) from error
     except Image.DecompressionBombError as error:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6
-        raise UnreadablePicture(path, f"more than {limit:.0f} million pixels; make it smaller first") from error
+        raise UnreadablePicture(
+            path,
+            f"more than {limit:.0f} million pixels, the limit against files that fill the memory; make it smaller, or "
+            "raise --max-megapixels if it is what it should be",
+        ) from error
     except Exception as error:  # a damaged file can trip a decoder in any way there is
         raise UnreadablePicture(path, f"damaged or cut off ({error or type(error).__name__})") from error
 
@@ -177,12 +258,26 @@ def _decode(path: Path, data: bytes) -> Image.Image:
 def _unidentified(data: bytes) -> str:
     if data[4:8] == b"ftyp" and data[8:12] in _HEIC_BRANDS:
         return "a HEIC picture, whatever its name says; convert it to JPEG or PNG"
+    if data.startswith(_JXL_BEGINNINGS) and "JXL" not in Image.OPEN:
+        return f"a JPEG XL picture; {_GET_JXL}"
     if not data.strip(b"\0"):
         return f"nothing but zeros ({len(data)} bytes), as an interrupted copy leaves behind"
     return f"not a picture in a format that is read ({len(data)} bytes, beginning with {data[:8]!r})"
 
 
+def _is_animated(image: Image.Image) -> bool:
+    if image.format not in _ANIMATIONS:
+        return False
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except Exception:  # damage behind the first frame does not matter
+        return False
+
+
 def _upright(image: Image.Image) -> Image.Image:
+    # The decoder of JPEG XL turns the picture itself, but for a JPEG that was packed into one
+    if image.format == "JXL" and not getattr(image, "jpeg", False):
+        return image
     # ImageOps.exif_transpose also rewrites the EXIF block, and stumbles over damaged ones
     try:
         orientation = image.getexif().get(_ORIENTATION)
@@ -191,18 +286,84 @@ def _upright(image: Image.Image) -> Image.Image:
     return image.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else image
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _plain_mode(image: Image.Image) -> Image.Image:
+    """Return the picture in one of the modes L, LA, RGB, RGBA, CMYK."""
     if image.mode.startswith("I"):  # 16-bit grey; 32-bit "I" is how Pillow opens some of it
-        values = np.asarray(image).astype(np.int64).clip(0, 65535)
-        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
-    elif image.mode == "F":  # floating-point TIFF: 0..1, or else 0..255
+        values = np.asarray(image).astype(np.int64)
+        grey = Image.fromarray(((values.clip(0, 65535) + 128) // 257).astype(np.uint8))
+        transparent = image.info.get("transparency")
+        if isinstance(transparent, int):
+            grey.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+        return grey
+    if image.mode == "F":  # floating-point TIFF: 0..1, or else 0..255
         values = np.nan_to_num(np.asarray(image))
         scale = 255.0 if values.max() <= 1 else 1.0
-        image = Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8))
+        return Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8))
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, tuple) and max(transparent) > 255:  # of 16 bit, but the picture is of 8 by now
+        image.info["transparency"] = tuple(value >> 8 for value in transparent)
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+        return image if image.mode in ("LA", "RGBA") else image.convert("RGBA")
+    if image.mode == "1":
+        return image.convert("L")
+    return image if image.mode in ("L", "RGB", "CMYK") else image.convert("RGB")
+
+
+def _without_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    if image.mode not in ("LA", "RGBA"):
+        return image, None
+    return image.convert(image.mode[:-1]), image.getchannel("A")
+
+
+def _converted_to_srgb(image: Image.Image, profile: bytes) -> tuple[Image.Image, str]:
+    """Return the picture in sRGB by its colour profile, and a remark on it, "" when nothing is changed."""
+    try:
+        transform = _transform_to_srgb(profile, image.mode)
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return image, _HAS_BAD_PROFILE
+    if transform is None:
+        return image, ""
+    source = image if image.mode == transform.input_mode else image.convert(transform.input_mode)
+    converted = ImageCms.applyTransform(source, transform)
+    assert converted is not None
+    return converted, _IS_CONVERTED
+
+
+@lru_cache(maxsize=32)  # a memory only: the pictures of one camera share their profile
+def _transform_to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """Return what converts pictures of this mode; None where the profile is sRGB in other words.
+
+    Raises:
+        PyCMSError, OSError, ValueError: the profile is damaged or for other modes.
+    """
+    source = ImageCms.ImageCmsProfile(BytesIO(profile))
+    space = source.profile.xcolor_space.strip()  # pyright: ignore[reportAttributeAccessIssue]  (it is what was opened)
+    if mode not in _COLOUR_SPACES.get(space, ()):
+        raise ValueError(f"a profile for {space}, but the picture is {mode}")
+    transform = ImageCms.buildTransform(
+        source,
+        _SRGB,
+        _COLOUR_SPACES[space][0],
+        "RGB",
+        renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
+        flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
+    )
+    sample = _sample_colours(_COLOUR_SPACES[space][0])
+    if sample is None:
+        return transform
+    converted = ImageCms.applyTransform(sample, transform)
+    assert converted is not None
+    difference = np.asarray(converted).astype(int) - np.asarray(sample.convert("RGB"))
+    return None if np.abs(difference).max() <= _SAME_COLOUR else transform
+
+
+def _sample_colours(mode: str) -> Image.Image | None:
+    """Return a picture of colours from all over a mode's space; None for CMYK, which can never be sRGB."""
+    if mode == "CMYK":
+        return None
+    steps = np.linspace(0, 255, 9).astype(np.uint8)
+    grid = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(27, 27, 3)
+    return Image.fromarray(grid if mode == "RGB" else np.arange(256, dtype=np.uint8).reshape(16, 16))
 
 
 def prepare(

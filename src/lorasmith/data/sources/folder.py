@@ -17,7 +17,13 @@ from lorasmith.data.caption_files import (
     refuse,
     uncaptioned_problem,
 )
-from lorasmith.data.images import foreign_pictures_in, pictures_in, probe_all, require_folder
+from lorasmith.data.images import (
+    advice_for_foreign,
+    foreign_pictures_in,
+    pictures_in,
+    probe_all,
+    require_folder,
+)
 from lorasmith.data.records import ImageRecord, Scan
 from lorasmith.errors import UserError
 
@@ -139,7 +145,8 @@ def _part_notes(part: _Part, captions: CaptionFiles) -> list[str]:
     foreign = foreign_pictures_in(part.folder)
     if foreign:
         notes.append(
-            f"{part.name}: {_count(foreign)} of a kind that is not read ({_some(foreign)}); make them JPEG or PNG"
+            f"{part.name}: {_count(foreign)} of a kind that is not read ({_some(foreign)}); "
+            f"{advice_for_foreign(foreign)}"
         )
     if captions.several_lines:
         files = captions.several_lines
@@ -183,7 +190,7 @@ def _nothing_found(folder: Path) -> str:
     near = {path: _num_pictures(path) for path in [*_subfolders(folder), folder.resolve().parent]}
     places = [f"{path} holds {number}" for path, number in near.items() if number]
     if foreign:
-        advice = f"{_some(foreign)}: pictures of a kind that is not read; make them JPEG or PNG."
+        advice = f"{_some(foreign)}: pictures of a kind that is not read; {advice_for_foreign(foreign)}."
     elif places:
         advice = f"{'; '.join(places)}: give that folder instead, if it is the one that you mean."
     else:

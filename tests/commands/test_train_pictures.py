@@ -1,0 +1,137 @@
+"""Pictures as people have them, through the command: what is trained, what the plan says of it, what is refused."""
+
+import contextlib
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image, ImageCms
+from safetensors.torch import load_file
+
+from lorasmith.cli import main
+from lorasmith.commands import train
+from tests.tiny import write_tiny
+
+COMMON = [
+    "--resolution", "64", "--no-before-after", "--no-tensorboard", "--no-progress", "--workers", "0", "--rank", "2",
+    "--state-every-steps", "0", "--save-precision", "float", "--steps", "1", "--train", "unet",
+]  # fmt: skip
+
+
+class Place:
+    """A model, and runs on folders of pictures."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.base = path, write_tiny(path / "sd1.safetensors", width=8)
+        self._count = 0
+
+    def folder(self, **pictures: Image.Image) -> Path:
+        """Write pictures as PNG in a new DreamBooth folder; return it."""
+        self._count += 1
+        folder = self.path / f"set{self._count}" / "1_sks thing"
+        folder.mkdir(parents=True)
+        for name, picture in pictures.items():
+            picture.save(folder / f"{name}.png", icc_profile=picture.info.get("icc_profile"))
+        return folder
+
+    def run(self, folder: Path, *options: object) -> tuple[int, str, str, Path]:
+        """Return exit code, what was printed, and the output folder."""
+        self._count += 1
+        output = self.path / f"out{self._count}"
+        words = ["--base", self.base, "--images", folder, *COMMON, "--output", output, *options]
+        printed, errors = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
+            code = main(["train", *map(str, words)])
+        return code, " ".join(printed.getvalue().split()), errors.getvalue(), output
+
+    def learned(self, folder: Path, *options: object) -> dict[str, torch.Tensor]:
+        code, _, errors, output = self.run(folder, *options)
+        assert code == 0, errors
+        return load_file(output / "last.safetensors")
+
+    def plan(self, folder: Path, *options: object) -> str:
+        code, printed, errors, _ = self.run(folder, "--dry-run", *options)
+        assert code == 0, errors
+        return printed
+
+    def refusal(self, folder: Path, *options: object) -> str:
+        code, _, errors, output = self.run(folder, *options)
+        assert code == 2 and not output.exists() and "Traceback" not in errors
+        return errors
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    before = Image.MAX_IMAGE_PIXELS
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("SOURCE_DATE_EPOCH", "1700000000")
+        patched.setattr(train, "write_report", lambda folder, contents: folder)
+        yield Place(tmp_path_factory.mktemp("place"))
+    Image.MAX_IMAGE_PIXELS = before
+
+
+def noise(size: tuple[int, int] = (80, 64), seed: int = 0) -> Image.Image:
+    import random
+
+    return Image.frombytes("RGB", size, random.Random(seed).randbytes(size[0] * size[1] * 3))
+
+
+def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("caching", ["--cache-latents", "--no-cache-latents"])
+def test_transparency_is_trained_on_the_colour_of_choice(place: Place, caching: str) -> None:
+    transparent = noise().convert("RGBA")
+    transparent.paste((0, 0, 0, 0), (0, 0, 40, 64))
+    for options, colour in (([], "white"), (["--alpha-color", "#2040ff"], "#2040ff")):
+        opaque = noise()
+        opaque.paste(colour, (0, 0, 40, 64))
+        expected = place.learned(place.folder(a=opaque), caching)
+        assert same(place.learned(place.folder(a=transparent), caching, *options), expected)
+
+
+def test_an_unknown_colour_is_refused_with_those_known(place: Place) -> None:
+    message = place.refusal(place.folder(a=noise()), "--alpha-color", "whitish")
+    assert "'whitish' is no colour" in message and "#ff8000" in message and "white, black" in message
+
+
+def test_the_alpha_color_stays_when_a_run_is_resumed(place: Place) -> None:
+    folder = place.folder(a=noise())
+    code, _, _, output = place.run(folder, "--steps", 2)
+    assert code == 0
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors):
+        assert main(["train", "--resume", str(output), "--steps", "3", "--alpha-color", "black"]) == 2
+    assert "data.alpha_color was left out, now black" in errors.getvalue()
+
+
+def test_the_plan_tells_of_what_is_not_plain(place: Place) -> None:
+    folder = place.folder(plain=noise())
+    noise().save(folder / "moving.gif", save_all=True, append_images=[noise(seed=1)])
+    noise().save(folder / "odd.png", icc_profile=b"nonsense")
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    noise().save(folder / "srgb.png", icc_profile=srgb)
+    plan = place.plan(folder)
+    assert "animated pictures, of which only the first frame is used (1): moving.gif" in plan
+    assert "colour profile that is broken" in plan and "taken as sRGB (1): odd.png" in plan
+    assert "srgb.png" not in plan
+
+
+def test_a_picture_over_the_limit_is_named_with_the_way_out(place: Place) -> None:
+    folder = place.folder(large=Image.new("RGB", (1100, 1000)))
+    message = place.refusal(folder, "--max-megapixels", 1)
+    assert "large.png: more than 1 million pixels" in message and "raise --max-megapixels" in message
+    assert "1 picture" in place.plan(folder, "--max-megapixels", 2)
+
+
+def test_avif_is_trained_like_png(place: Place) -> None:
+    plain = noise((64, 64)).resize((4, 4)).resize((64, 64))
+    folder = place.folder()
+    plain.save(folder / "a.avif", quality=100, subsampling="4:4:4")
+    with Image.open(folder / "a.avif") as image:
+        decoded = image.convert("RGB")
+    assert same(place.learned(folder), place.learned(place.folder(a=decoded)))
