@@ -87,11 +87,18 @@ def _check_name(name: str) -> str:
     return name
 
 
+def _check_separator(separator: str) -> str:
+    if not separator:
+        raise ValueError("an empty text separates nothing; give the separator that the captions have, such as a comma")
+    return separator
+
+
 # A shell expands ~ at the start of a word only: not in --base=~/model, nor in a TOML file.
 Place = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
 PlaceOrHubId = Annotated[str, AfterValidator(os.path.expanduser)]
 FileName = Annotated[str, AfterValidator(_check_name)]
 Color = Annotated[str, AfterValidator(_check_color)]
+Separator = Annotated[str, AfterValidator(_check_separator)]
 Rate = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -159,11 +166,41 @@ class DataSection(Section):
     repeats: PositiveInt = Field(
         default=1, description="How often each picture counts in an epoch, for plain folders and metadata JSON."
     )
-    shuffle_caption: bool = Field(default=False, description="Shuffle the comma-separated parts of each caption.")
+    caption_prefix: str = Field(
+        default="", description="Text put before every caption, with a space; it stays first when shuffling."
+    )
+    caption_suffix: str = Field(
+        default="", description="Text put after every caption, with a space; it stays last when shuffling."
+    )
+    caption_separator: Separator = Field(default=",", description="What divides a caption into parts.")
+    shuffle_caption: bool = Field(default=False, description="Shuffle the parts of each caption, anew for each sample.")
     keep_tokens: Annotated[int, Field(ge=0)] = Field(
-        default=0, description="How many leading parts of a caption stay in place when shuffling."
+        default=0, description="How many leading parts of a caption stay in place and are never left out."
+    )
+    keep_tokens_separator: str = Field(
+        default="",
+        description="A mark in captions, such as |||: the parts before it, and after a second one, stay in place and "
+        "are never left out.",
+    )
+    secondary_separator: str = Field(
+        default="",
+        description="A mark in captions, such as ;;;, that holds parts together when shuffling or leaving out, and "
+        "then becomes a caption_separator.",
     )
     caption_dropout: Share = Field(default=0.0, description="Share of samples trained with an empty caption.")
+    caption_dropout_every_epochs: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="In every n-th epoch all captions are empty; 0: in none."
+    )
+    tag_dropout: Share = Field(
+        default=0.0, description="Share of a caption's parts left out, other parts for each sample."
+    )
+    token_warmup_steps: Annotated[float, Field(ge=0)] = Field(
+        default=0,
+        description="Steps over which the number of a caption's parts grows to all; below 1: a share of the run.",
+    )
+    token_warmup_min: PositiveInt = Field(
+        default=1, description="With how many parts, besides those kept in place, the growth begins."
+    )
     resolution: Size | None = Field(
         default=None,
         description="Training size in pixels, one side or width,height; left out, the model's own (512 or 768).",
@@ -354,6 +391,23 @@ def contradictions(cfg: TrainConfig) -> list[str]:
         ),
         f"{' and '.join(bucket_limits)} would change the buckets, but they are off; "
         "add buckets, or leave out the other": not data.buckets and bucket_limits,
+        f"keep_tokens = {data.keep_tokens} and keep_tokens_separator = {data.keep_tokens_separator} both say which "
+        "parts stay in place; leave out one of them": data.keep_tokens and data.keep_tokens_separator,
+        f"secondary_separator = {data.secondary_separator} cannot be told from the other separators, "
+        f"{data.caption_separator} {data.keep_tokens_separator}: one is in the other; give one of other characters": (
+            data.secondary_separator
+            and any(
+                other and (other in data.secondary_separator or data.secondary_separator in other)
+                for other in (data.caption_separator, data.keep_tokens_separator)
+            )
+        ),
+        f"keep_tokens_separator = {data.keep_tokens_separator} is part of caption_separator = "
+        f"{data.caption_separator}; give one that is not": data.keep_tokens_separator
+        and data.keep_tokens_separator in data.caption_separator,
+        "token_warmup_min says with how many parts the growth begins, but token_warmup_steps, how long it takes, is "
+        "missing; give it, or leave the other out": (
+            _is_changed(data, "token_warmup_min") and not data.token_warmup_steps and not cfg.resume
+        ),
         "prior_loss_weight is for regularization pictures, but regularization, their folder, is missing; "
         "give it, or leave the weight out": not data.regularization and _is_changed(data, "prior_loss_weight"),
         f"images and regularization are the same folder, {data.images}; give regularization pictures of the class, "

@@ -1,11 +1,16 @@
 """The plan as a page of text: what will happen, before anything is loaded."""
 
+import random
 import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
+from lorasmith.data import captions
 from lorasmith.data.buckets import CropPlan
+from lorasmith.data.captions import CaptionOptions
 from lorasmith.data.records import ImageRecord
+from lorasmith.seeds import derive
 
 _NAME_WIDTH, _LINE_WIDTH = 11, 118
 
@@ -24,6 +29,30 @@ def caption_lines(records: Sequence[ImageRecord], shown: int = 3) -> list[str]:
     counts = Counter(record.caption for record in records)
     lines = [f'"{caption}" ({_pictures(count)})' for caption, count in counts.most_common(shown)]
     return lines + ([f"and {len(counts) - shown} more different captions"] if len(counts) > shown else [])
+
+
+def caption_rule_lines(records: Sequence[ImageRecord], options: CaptionOptions, shown: int = 3) -> list[str]:
+    """Say how captions vary while training, and show what becomes of the longest one; nothing where they do not."""
+    lines = []
+    if options.dropout:
+        lines.append(f"{options.dropout:.4g} of the samples are trained without a caption")
+    if options.dropout_every_epochs:
+        lines.append(f"every sample of each {options.dropout_every_epochs}. epoch is trained without a caption")
+    if options.token_warmup_steps:
+        lines.append(
+            f"parts of a caption: {options.token_warmup_min} at first, besides those kept in place, and all after "
+            f"{options.token_warmup_steps:.4g} steps"
+        )
+    lasting = replace(options, dropout=0.0, dropout_every_epochs=0, token_warmup_steps=0)
+    longest = max((record.caption for record in records), key=len)
+    draws = [
+        captions.process(longest, lasting, draws=lambda what, n=n: random.Random(derive(n, f"example {what}")))
+        for n in range(shown)
+    ]
+    if draws != [longest] * shown:
+        variants = " or ".join(f'"{text}"' for text in dict.fromkeys(draws))
+        lines.append(f'"{longest}" becomes, for example, {variants}')
+    return lines
 
 
 def shape_lines(records: Sequence[ImageRecord], crops: Sequence[CropPlan], shown: int = 8) -> list[str]:

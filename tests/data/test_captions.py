@@ -1,53 +1,244 @@
-"""Captions: properties over any text."""
+"""Captions: properties over any text, and sd-scripts' own rules as oracle where nothing is drawn."""
 
+import math
 import random
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
-from hypothesis import given
+import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorasmith.data.captions import process
+from lorasmith.data.captions import CaptionOptions, plain, process, tags
+from lorasmith.seeds import derive
 
-tags = st.lists(st.text("abc d", min_size=1, max_size=5).filter(str.strip), min_size=1, max_size=8)
+unhurried = settings(deadline=None)  # a busy machine is no failure
+words = st.text("abc d", min_size=1, max_size=5).filter(str.strip).map(str.strip)
+parts = st.lists(words, min_size=1, max_size=8)
+seeds = st.integers(0, 2**32)
+
+
+def draws(seed: int) -> Callable[[str], random.Random]:
+    return lambda purpose: random.Random(derive(seed, purpose))
+
+
+def drawn(caption: str, seed: int = 0, step: int = 0, epoch: int = 0, **options: Any) -> str:
+    return process(caption, CaptionOptions(**options), draws=draws(seed), step=step, epoch=epoch)
 
 
 def split(caption: str, separator: str = ",") -> list[str]:
-    return [part.strip() for part in caption.split(separator)]
+    return [part.strip() for part in caption.split(separator) if part.strip()]
 
 
-@given(st.text(), st.integers())
-def test_without_options_the_text_is_untouched(caption: str, seed: int) -> None:
-    assert process(caption, rng=random.Random(seed)) == caption
+# ---- nothing, and independence -------------------------------------------------------------------------------------
 
 
-@given(tags, st.integers(0, 9), st.integers(), st.sampled_from([",", "|", ". "]))
-def test_shuffling_keeps_all_parts_and_the_first_ones_in_place(
-    parts: list[str], keep: int, seed: int, separator: str
+@unhurried
+@given(st.text(), seeds, st.integers(0, 9), st.integers(0, 9))
+def test_without_options_the_text_is_untouched(caption: str, seed: int, step: int, epoch: int) -> None:
+    assert drawn(caption, seed, step, epoch) == caption == plain(caption, CaptionOptions())
+
+
+# What each option is beside the others: on, but without effect on this text; or with an effect that is known.
+INERT = [
+    {"separator": ",", "keep_separator": "|||", "secondary_separator": ";;;"},
+    {"dropout": 1e-12},
+    {"tag_dropout": 1e-12},
+    {"dropout_every_epochs": 7},
+    {"token_warmup_steps": 3, "token_warmup_min": 2},  # over by the step that is asked for
+]
+
+
+@unhurried
+@given(parts, seeds, st.sampled_from(INERT), st.booleans())
+def test_one_option_does_not_change_what_another_one_draws(
+    texts: list[str], seed: int, inert: dict[str, Any], is_shuffled: bool
 ) -> None:
-    caption = separator.join(parts)
-    shuffled = split(process(caption, rng=random.Random(seed), shuffle=True, keep_tokens=keep, separator=separator))
-    assert Counter(shuffled) == Counter(split(caption, separator))
-    assert shuffled[:keep] == split(caption, separator)[:keep]
+    used: dict[str, Any] = {"shuffle": True} if is_shuffled else {"tag_dropout": 0.4}
+    alone = drawn(", ".join(texts), seed, 5, **used)
+    assert drawn(", ".join(texts), seed, 5, **(inert | used)) == alone
 
 
-def test_shuffling_reaches_every_order() -> None:
-    orders = {process("a, b, c", rng=random.Random(seed), shuffle=True) for seed in range(200)}
-    assert orders == {"a, b, c", "a, c, b", "b, a, c", "b, c, a", "c, a, b", "c, b, a"}
+@unhurried
+@given(parts, seeds, st.floats(0, 0.99))
+def test_the_dropout_rate_does_not_change_the_shuffling(texts: list[str], seed: int, rate: float) -> None:
+    caption = ", ".join(texts)
+    assert drawn(caption, seed, shuffle=True, dropout=rate) in ("", drawn(caption, seed, shuffle=True))
+
+
+OPTIONS = st.builds(
+    CaptionOptions,
+    shuffle=st.booleans(),
+    keep_tokens=st.integers(0, 3),
+    keep_separator=st.sampled_from(["", "|||"]),
+    secondary_separator=st.sampled_from(["", ";;;"]),
+    prefix=st.sampled_from(["", "sks", "anime,", "a, b"]),
+    suffix=st.sampled_from(["", "z", ", z", "y, z"]),
+    dropout=st.sampled_from([0.0, 0.3]),
+    dropout_every_epochs=st.integers(0, 3),
+    tag_dropout=st.sampled_from([0.0, 0.5, 1.0]),
+    token_warmup_steps=st.sampled_from([0, 5, 7.5]),
+    token_warmup_min=st.integers(1, 3),
+)
+captions = st.lists(st.sampled_from(["a", "b c", "||| ", ";;;", ",", ", ", "\n"]), max_size=12).map("".join)
+
+
+@unhurried
+@given(captions, OPTIONS, seeds, st.integers(0, 9), st.integers(0, 4))
+def test_a_caption_is_a_pure_function_and_uses_no_words_of_its_own(
+    caption: str, options: CaptionOptions, seed: int, step: int, epoch: int
+) -> None:
+    result = process(caption, options, draws=draws(seed), step=step, epoch=epoch)
+    assert result == process(caption, options, draws=draws(seed), step=step, epoch=epoch)
+    given_words = Counter(f"{options.prefix} {caption} {options.suffix}".replace(";;;", ",").replace("|||", ",")
+                          .replace(",", " ").split())  # fmt: skip
+    used_words = Counter(result.replace(";;;", ",").replace("|||", ",").replace(",", " ").split())
+    assert used_words <= given_words
+
+
+# ---- parts ---------------------------------------------------------------------------------------------------------
+
+
+@unhurried
+@given(parts, st.integers(0, 9), seeds, st.sampled_from([",", "|", ". "]))
+def test_shuffling_keeps_all_parts_and_the_first_ones_in_place(
+    texts: list[str], keep: int, seed: int, separator: str
+) -> None:
+    shuffled = split(drawn(separator.join(texts), seed, shuffle=True, keep_tokens=keep, separator=separator))
+    assert Counter(shuffled) == Counter(texts)
+    assert shuffled[:keep] == texts[:keep]
+
+
+def test_shuffling_reaches_every_order_equally() -> None:
+    orders = Counter(drawn("a, b, c", seed, shuffle=True) for seed in range(3000))
+    assert set(orders) == {"a, b, c", "a, c, b", "b, a, c", "b, c, a", "c, a, b", "c, b, a"}
+    assert all(400 < count < 600 for count in orders.values())
 
 
 def test_empty_parts_vanish_when_shuffled() -> None:
-    assert process("a,, b ,", rng=random.Random(0), shuffle=True, keep_tokens=2) == "a, b"
+    assert drawn("a,, b ,", shuffle=True, keep_tokens=2) == "a, b"
+
+
+@unhurried
+@given(parts, parts, parts, seeds, st.booleans(), st.sampled_from(["", " "]))
+def test_parts_before_the_mark_and_after_the_second_one_stay(
+    head: list[str], middle: list[str], tail: list[str], seed: int, has_tail: bool, space: str
+) -> None:
+    marked = [", ".join(part) for part in ([head, middle, tail] if has_tail else [head, middle])]
+    result = split(drawn(f"{space}|||{space}".join(marked), seed, shuffle=True, tag_dropout=0.5, keep_separator="|||"))
+    assert result[: len(head)] == head
+    assert not has_tail or result[-len(tail) :] == tail
+    assert Counter(result[len(head) : len(result) - has_tail * len(tail)]) <= Counter(middle)
+
+
+def test_a_mark_is_never_trained() -> None:
+    assert drawn("a ||| b, c ||| d", keep_separator="|||") == "a, b, c, d"
+    assert drawn("a ||| b ||| c ||| d", keep_separator="|||") == "a, b, c, d"
+    assert drawn("a, b", keep_separator="|||") == "a, b"
+
+
+@unhurried
+@given(parts, seeds, st.sampled_from(["sks thing", "anime,", "one, two", "x, y,"]), st.sampled_from([", z", "by me"]))
+def test_the_prefix_is_always_first_and_the_suffix_last(texts: list[str], seed: int, prefix: str, suffix: str) -> None:
+    caption = ", ".join(texts)
+    plainly = drawn(caption, prefix=prefix, suffix=suffix)
+    assert plainly == f"{prefix} {caption} {suffix}"
+    shuffled = drawn(caption, seed, prefix=prefix, suffix=suffix, shuffle=True, tag_dropout=0.5)
+    assert shuffled.startswith(prefix) and shuffled.endswith(suffix.removeprefix(", "))
+    whole = drawn(caption, seed, prefix=prefix, suffix=suffix, shuffle=True)
+    assert Counter(split(whole)) == Counter(split(plainly))
+
+
+@unhurried
+@given(st.lists(words, min_size=1, max_size=4), seeds)
+def test_the_second_separator_holds_parts_together(texts: list[str], seed: int) -> None:
+    held = ";;;".join(texts)
+    result = drawn(f"x, {held}, y", seed, shuffle=True, secondary_separator=";;;")
+    assert ",".join(texts) in result and ";;;" not in result
+    assert drawn(held, secondary_separator=";;;") == ",".join(texts)
+
+
+# ---- leaving out ---------------------------------------------------------------------------------------------------
 
 
 def test_dropout_has_the_given_rate_and_drops_the_whole_caption() -> None:
-    results = Counter(process("a, b", rng=random.Random(seed), dropout=0.25) for seed in range(2000))
-    assert set(results) == {"", "a, b"}
+    results = Counter(drawn("a, b", seed, dropout=0.25, prefix="p") for seed in range(2000))
+    assert set(results) == {"", "p a, b"}
     assert 400 < results[""] < 600
-    assert process("a, b", rng=random.Random(0), dropout=1.0) == ""
+    assert drawn("a, b", dropout=1.0) == ""
 
 
-@given(st.integers(), st.floats(0, 0.99))
-def test_the_dropout_rate_does_not_change_the_shuffling(seed: int, rate: float) -> None:
-    caption = "a, b, c, d, e"
-    dropped = process(caption, rng=random.Random(seed), shuffle=True, dropout=rate)
-    assert dropped in ("", process(caption, rng=random.Random(seed), shuffle=True))
+@pytest.mark.parametrize(("every", "empty"), [(1, {0, 1, 2, 3, 4, 5}), (2, {1, 3, 5}), (3, {2, 5}), (0, set())])
+def test_whole_epochs_are_without_captions_counted_from_1(every: int, empty: set[int]) -> None:
+    texts = [drawn("a", epoch=epoch, dropout_every_epochs=every) for epoch in range(6)]
+    assert {epoch for epoch, text in enumerate(texts) if not text} == empty
+
+
+def test_parts_are_left_out_at_the_given_rate_and_independently() -> None:
+    counts, pairs = Counter[str](), 0
+    for seed in range(2000):
+        left = split(drawn("k, a, b, c", seed, keep_tokens=1, tag_dropout=0.3))
+        counts.update(left)
+        pairs += {"a", "b"} <= set(left)
+    assert counts["k"] == 2000
+    assert all(1320 < counts[part] < 1480 for part in "abc")
+    assert 900 < pairs < 1060  # 0.7 * 0.7 of them
+
+
+@unhurried
+@given(parts, st.integers(0, 6), seeds)
+def test_all_parts_but_the_kept_ones_may_be_left_out(texts: list[str], keep: int, seed: int) -> None:
+    assert split(drawn(", ".join(texts), seed, keep_tokens=keep, tag_dropout=1.0)) == texts[:keep]
+
+
+# ---- warm-up -------------------------------------------------------------------------------------------------------
+
+
+@unhurried
+@given(parts, st.integers(1, 40), st.integers(1, 10), st.integers(0, 3))
+def test_the_warm_up_is_sd_scripts_own(texts: list[str], steps: int, least: int, keep: int) -> None:
+    flexible = texts[keep:]
+    options = {"token_warmup_steps": steps, "token_warmup_min": least, "keep_tokens": keep}
+    lengths = []
+    for step in range(steps + 2):
+        grown = math.floor(step * ((len(flexible) - least) / steps)) + least  # library/train_util.py, process_caption
+        expected = texts[:keep] + (flexible[:grown] if step < steps else flexible)
+        result = split(drawn(", ".join(texts), step=step, **options))
+        assert result == expected
+        lengths.append(len(result))
+    assert lengths == sorted(lengths) and lengths[-1] == len(texts)
+
+
+def test_a_warm_up_takes_the_leading_parts_before_they_are_shuffled() -> None:
+    seen = {drawn("a, b, c, d", seed, step=5, shuffle=True, token_warmup_steps=10) for seed in range(50)}
+    assert seen == {"a, b", "b, a"}
+
+
+# ---- the caption as it stands --------------------------------------------------------------------------------------
+
+
+@unhurried
+@given(captions, OPTIONS)
+def test_as_a_prompt_a_caption_is_whole_and_in_order(caption: str, options: CaptionOptions) -> None:
+    bare = CaptionOptions(
+        keep_separator=options.keep_separator,
+        secondary_separator=options.secondary_separator,
+        prefix=options.prefix,
+        suffix=options.suffix,
+    )
+    assert plain(caption, options) == process(caption, bare, draws=draws(1))
+
+
+@unhurried
+@given(captions, OPTIONS, seeds)
+def test_the_tags_of_a_caption_are_all_that_can_be_trained(caption: str, options: CaptionOptions, seed: int) -> None:
+    bare = replace(options, prefix="", suffix="", shuffle=True, token_warmup_steps=0)
+    result = process(caption, bare, draws=draws(seed))
+    assert Counter(tags(result, bare)) <= Counter(tags(caption, bare))
+
+
+def test_tags_are_divided_by_every_separator() -> None:
+    options = CaptionOptions(separator=".", keep_separator="|||", secondary_separator=";;;")
+    assert tags("a, b ||| c. d;;;e..", options) == ["a, b", "c", "d", "e"]

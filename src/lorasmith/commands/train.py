@@ -25,8 +25,10 @@ from lorasmith import config, metadata, model_families
 from lorasmith.checkpoint import atomic_file, open_checkpoint
 from lorasmith.command_line import quoted
 from lorasmith.config import TrainConfig
+from lorasmith.data import captions
 from lorasmith.data.buckets import CropPlan, Size, assign, bucket_shapes, cover_and_crop
-from lorasmith.data.dataset import Augmentation, CaptionOptions, Dataset, Posteriors, plain_pixels, read_ahead
+from lorasmith.data.captions import CaptionOptions
+from lorasmith.data.dataset import Augmentation, Dataset, Posteriors, plain_pixels, read_ahead
 from lorasmith.data.images import set_pixel_limit
 from lorasmith.data.plan import Plan, build_plan
 from lorasmith.data.records import ImageRecord
@@ -42,7 +44,7 @@ from lorasmith.models.base import Conditioning, LatentDiffusion
 from lorasmith.network import Network, Rule, check_ranks, match, part_of
 from lorasmith.optimizers.base import builder
 from lorasmith.output_folder import RUN_FILE, OutputFolder, check_free, move_aside
-from lorasmith.plan_page import caption_lines, memory_line, plan_page, shape_lines
+from lorasmith.plan_page import caption_lines, caption_rule_lines, memory_line, plan_page, shape_lines
 from lorasmith.processes import Processes
 from lorasmith.progress import Progress
 from lorasmith.report import ReportContents, write_report
@@ -620,6 +622,24 @@ def _crops(cfg: TrainConfig, resolution: Size, records: list[ImageRecord]) -> li
     return [cover_and_crop(record.size, assign(record.size, shapes)) for record in records]
 
 
+def _caption_options(cfg: TrainConfig, total_steps: int) -> CaptionOptions:
+    data, warmup = cfg.data, cfg.data.token_warmup_steps
+    return CaptionOptions(
+        shuffle=data.shuffle_caption,
+        keep_tokens=data.keep_tokens,
+        separator=data.caption_separator,
+        keep_separator=data.keep_tokens_separator,
+        secondary_separator=data.secondary_separator,
+        prefix=data.caption_prefix,
+        suffix=data.caption_suffix,
+        dropout=data.caption_dropout,
+        dropout_every_epochs=data.caption_dropout_every_epochs,
+        tag_dropout=data.tag_dropout,
+        token_warmup_steps=warmup if warmup >= 1 else math.floor(warmup * total_steps),
+        token_warmup_min=data.token_warmup_min,
+    )
+
+
 def _prompts(cfg: TrainConfig, records: list[ImageRecord]) -> list[str]:
     """Return the prompts to draw: those given, those of a text file, or captions of the training pictures."""
     samples = cfg.samples
@@ -629,8 +649,9 @@ def _prompts(cfg: TrainConfig, records: list[ImageRecord]) -> list[str]:
         return _prompts_in(Path(samples.prompts[0]))
     if samples.prompts:
         return list(samples.prompts)
-    captions = dict.fromkeys(record.caption for record in records if not record.is_prior)
-    return list(captions)[:_NUM_DEFAULT_PROMPTS]
+    options = _caption_options(cfg, total_steps=0)
+    texts = dict.fromkeys(captions.plain(record.caption, options) for record in records if not record.is_prior)
+    return list(texts)[:_NUM_DEFAULT_PROMPTS]
 
 
 def _prompts_in(path: Path) -> list[str]:
@@ -694,7 +715,7 @@ def _dataset(cfg: TrainConfig, ready: Preparation, model: LatentDiffusion, proce
         latent_channels=model.latent_channels,
         latent_factor=model.latent_factor,
         latents=_posteriors(cfg, ready, model, processes) if ready.caches_latents else None,
-        caption_options=CaptionOptions(data.shuffle_caption, data.keep_tokens, dropout=data.caption_dropout),
+        caption_options=_caption_options(cfg, ready.total_steps),
         augmentation=Augmentation(data.flip, data.color, data.random_crop),
         prior_loss_weight=data.prior_loss_weight,
         alpha_color=data.alpha_color,
@@ -764,7 +785,8 @@ def _page(cfg: TrainConfig, ready: Preparation, processes: Processes) -> str:
             + (f", starting from {network.weights}, which fits" if network.weights else "")
         ],
         "pictures": ready.notes,
-        "captions": caption_lines(training_records),
+        "captions": caption_lines(training_records)
+        + caption_rule_lines(training_records, _caption_options(cfg, ready.total_steps)),
         "shapes": shape_lines(ready.records, ready.crops),
         "latents": ["cached in memory" if ready.caches_latents else "encoded anew for every step"],
         "steps": [
@@ -875,9 +897,11 @@ def _metadata(cfg: TrainConfig, ready: Preparation, step: int, started_at: float
         "shuffle_caption": data.shuffle_caption,
         "keep_tokens": data.keep_tokens,
         "caption_dropout_rate": data.caption_dropout,
+        "caption_dropout_every_n_epochs": data.caption_dropout_every_epochs,
+        "caption_tag_dropout_rate": data.tag_dropout,
         "dataset_dirs": _folders(own) if save.share_captions else {},
         "reg_dataset_dirs": _folders(prior) if save.share_captions else {},
-        "tag_frequency": _tag_frequency(own) if save.share_captions else {},
+        "tag_frequency": _tag_frequency(own, _caption_options(cfg, ready.total_steps)) if save.share_captions else {},
         "bucket_info": _bucket_info(plan) if data.buckets else None,
         "training_comment": save.comment,
         "training_started_at": started_at,
@@ -909,16 +933,12 @@ def _folders(records: list[ImageRecord]) -> dict[str, dict[str, int]]:
     }
 
 
-def _tag_frequency(records: list[ImageRecord]) -> dict[str, dict[str, int]]:
-    """Return per folder how often each comma-separated part of the captions occurs."""
+def _tag_frequency(records: list[ImageRecord], options: CaptionOptions) -> dict[str, dict[str, int]]:
+    """Return per folder how often each part of the captions occurs."""
     return {
         group: dict(
             Counter(
-                tag.strip()
-                for record in records
-                if record.group == group
-                for tag in record.caption.split(",")
-                if tag.strip()
+                tag for record in records if record.group == group for tag in captions.tags(record.caption, options)
             )
         )
         for group in dict.fromkeys(record.group for record in records)

@@ -1,32 +1,135 @@
-"""What a caption becomes each time its picture is trained: pure text work, with the random generator handed in."""
+"""What a caption becomes each time its picture is trained: pure text work, every draw from a generator handed in.
 
+The rules, their order and an example of each are in docs/captions.md. They are sd-scripts' where a name is the same;
+each rule draws from a generator of its own, so that none changes what another one draws.
+"""
+
+import math
 import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+Draws = Callable[[str], random.Random]  # what is drawn -> a generator made new for it
 
 
-def process(
-    caption: str,
-    *,
-    rng: random.Random,
-    shuffle: bool = False,
-    keep_tokens: int = 0,
-    separator: str = ",",
-    dropout: float = 0.0,
-) -> str:
-    """Return the caption to train on: empty with probability `dropout`, else with its parts shuffled when asked.
+@dataclass(frozen=True)
+class CaptionOptions:
+    """How captions vary.
 
-    The order of operations and the joining with ", " are sd-scripts'; without shuffling the text is used untouched.
+    shuffle: shuffle the parts. keep_tokens: how many leading parts stay in place. separator: what divides a caption
+    into parts. keep_separator: the parts before the first, and after the second one, stay in place.
+    secondary_separator: becomes a separator at the very end. prefix, suffix: stay first and last. dropout: share of
+    captions that are empty. dropout_every_epochs: in each n-th epoch all captions are empty; 0: never. tag_dropout:
+    share of parts left out. token_warmup_steps: steps until all parts are used, from `token_warmup_min` on; 0: all at
+    once.
+    """
+
+    shuffle: bool = False
+    keep_tokens: int = 0
+    separator: str = ","
+    keep_separator: str = ""
+    secondary_separator: str = ""
+    prefix: str = ""
+    suffix: str = ""
+    dropout: float = 0.0
+    dropout_every_epochs: int = 0
+    tag_dropout: float = 0.0
+    token_warmup_steps: float = 0
+    token_warmup_min: int = 1
+
+    @property
+    def moves_parts(self) -> bool:
+        """Whether captions are taken apart, whatever is written in them."""
+        return self.shuffle or self.tag_dropout > 0 or self.token_warmup_steps > 0
+
+
+def process(caption: str, options: CaptionOptions, *, draws: Draws, step: int = 0, epoch: int = 0) -> str:
+    """Return the caption to train on; with no option on, the caption itself.
 
     Args:
-        keep_tokens: how many leading parts stay where they are.
-        separator: what divides the caption into parts.
+        draws: gives a new generator for each thing drawn.
+        step, epoch: of the sample, counted from 0.
     """
-    is_dropped = rng.random() < dropout  # drawn always, so that the rate does not change how parts are shuffled
-    if is_dropped:
+    if _is_dropped(options, draws, epoch):
         return ""
-    if not shuffle:
-        return caption
-    parts = [part.strip() for part in caption.split(separator)]
-    parts = [part for part in parts if part]
-    fixed, flexible = parts[:keep_tokens], parts[keep_tokens:]
-    rng.shuffle(flexible)
-    return ", ".join(fixed + flexible)
+    return _arranged((options.prefix, caption, options.suffix), options, draws, step)
+
+
+def plain(caption: str, options: CaptionOptions) -> str:
+    """Return the caption whole and in its order, as a prompt to draw: with nothing left out and nothing drawn."""
+    return _arranged((options.prefix, caption, options.suffix), _settled(options), random.Random, step=0)
+
+
+def tags(caption: str, options: CaptionOptions) -> list[str]:
+    """Return all parts written in a caption, in their order, whichever separator divides them."""
+    separators = (options.keep_separator, options.secondary_separator, options.separator)
+    for separator in filter(None, separators):
+        caption = caption.replace(separator, "\n")
+    return _parts(caption, "\n")
+
+
+def _is_dropped(options: CaptionOptions, draws: Draws, epoch: int) -> bool:
+    """Whether this sample is trained without its caption; epochs are counted from 1 here, as in sd-scripts."""
+    if options.dropout_every_epochs and (epoch + 1) % options.dropout_every_epochs == 0:
+        return True
+    return options.dropout > 0 and draws("dropout").random() < options.dropout
+
+
+def _settled(options: CaptionOptions) -> CaptionOptions:
+    return replace(options, shuffle=False, dropout=0.0, dropout_every_epochs=0, tag_dropout=0.0, token_warmup_steps=0)
+
+
+def _arranged(pieces: tuple[str, str, str], options: CaptionOptions, draws: Draws, step: int) -> str:
+    """Join prefix, caption and suffix, and take the parts through warm-up, shuffling and dropout if any is on."""
+    prefix, _, suffix = pieces
+    text = " ".join(filter(None, pieces))
+    if options.moves_parts or (options.keep_separator and options.keep_separator in text):
+        head, flexible, tail = _divided(text, options, _num_parts(prefix, options), _num_parts(suffix, options))
+        flexible = _warmed_up(flexible, options, step)
+        if options.shuffle:
+            draws("shuffle").shuffle(flexible)
+        if options.tag_dropout > 0:
+            rng = draws("tag dropout")
+            flexible = [part for part in flexible if rng.random() >= options.tag_dropout]
+        text = ", ".join([*head, *flexible, *tail])
+    if options.secondary_separator:
+        text = text.replace(options.secondary_separator, options.separator)
+    return text
+
+
+def _divided(
+    text: str, options: CaptionOptions, num_prefix_parts: int, num_suffix_parts: int
+) -> tuple[list[str], list[str], list[str]]:
+    """Return the parts that stay first, those that may move or fall out, and those that stay last.
+
+    sd-scripts lets a prefix be shuffled along unless keep_tokens covers it; here whatever has words of it stays.
+    """
+    before, between, after = "", text, ""
+    if options.keep_separator and options.keep_separator in text:
+        before, _, rest = text.partition(options.keep_separator)
+        between, _, after = rest.partition(options.keep_separator)
+        after = after.replace(options.keep_separator, options.separator)  # a third one has no meaning of its own
+    head, flexible, tail = (_parts(part, options.separator) for part in (before, between, after))
+    parts = [*head, *flexible, *tail]
+    num_first = min(max(len(head), options.keep_tokens, num_prefix_parts), len(parts))
+    num_last = min(max(len(tail), num_suffix_parts), len(parts) - num_first)
+    end = len(parts) - num_last
+    return parts[:num_first], parts[num_first:end], parts[end:]
+
+
+def _num_parts(text: str, options: CaptionOptions) -> int:
+    if options.keep_separator:
+        text = text.replace(options.keep_separator, options.separator)
+    return len(_parts(text, options.separator))
+
+
+def _parts(text: str, separator: str) -> list[str]:
+    return [part for piece in text.split(separator) if (part := piece.strip())]
+
+
+def _warmed_up(parts: list[str], options: CaptionOptions, step: int) -> list[str]:
+    """Return the leading parts that are used at this step: their number grows in proportion to the steps done."""
+    if step >= options.token_warmup_steps:
+        return parts
+    more = math.floor(step * ((len(parts) - options.token_warmup_min) / options.token_warmup_steps))
+    return parts[: options.token_warmup_min + more]

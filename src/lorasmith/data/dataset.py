@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lorasmith.data import captions
 from lorasmith.data.buckets import CropPlan, Size
+from lorasmith.data.captions import CaptionOptions
 from lorasmith.data.images import open_image, prepare
 from lorasmith.data.plan import MicroBatch, Plan, Sample
 from lorasmith.data.records import ImageRecord
@@ -34,6 +35,7 @@ Result = TypeVar("Result")
 # (record index, (width, height) in pixels) -> (mean, std) of the VAE's scaled posterior, each (C, H/f, W/f)
 Posteriors = Mapping[tuple[int, Size], tuple[Tensor, Tensor]]
 
+_AS_WRITTEN = CaptionOptions()
 _READ_AHEAD = 2  # items in work or waiting, per worker
 
 
@@ -55,16 +57,6 @@ class Batch:
     captions: list[str]
     weight: Tensor
     count: int
-
-
-@dataclass(frozen=True)
-class CaptionOptions:
-    """How captions vary; see `captions.process`."""
-
-    shuffle: bool = False
-    keep_tokens: int = 0
-    separator: str = ","
-    dropout: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -99,7 +91,7 @@ class Dataset:
         latent_channels: int = 4,
         latent_factor: int = 8,
         latents: Posteriors | None = None,
-        caption_options: CaptionOptions = CaptionOptions(),
+        caption_options: CaptionOptions = _AS_WRITTEN,
         augmentation: Augmentation = Augmentation(),
         prior_loss_weight: float = 1.0,
         alpha_color: str = "white",
@@ -173,14 +165,12 @@ class Dataset:
         )
 
     def _caption(self, step: int, sample: Sample) -> str:
-        options = self._captions
         return captions.process(
             self._records[sample.record].caption,
-            rng=self._random("caption", step, sample),
-            shuffle=options.shuffle,
-            keep_tokens=options.keep_tokens,
-            separator=options.separator,
-            dropout=options.dropout,
+            self._captions,
+            draws=lambda purpose: self._random(f"caption {purpose}", step, sample),
+            step=step,
+            epoch=sample.epoch,
         )
 
     def _weight(self, sample: Sample, is_padding: bool) -> float:
