@@ -44,10 +44,9 @@ def read_caption_files(folder: Path, pictures: Sequence[Path], accepted: Sequenc
         file = next((beside[key] for key in keys if key in beside), None)
         if file is not None:
             found.files[picture] = file
-    for file in dict.fromkeys(found.files.values()):  # once, also where a.jpg and a.png share it
-        line = _first_line(file, found)
-        found.first_lines |= {picture: line for picture, its_file in found.files.items() if its_file == file}
-    used = set(found.files.values())
+    used = dict.fromkeys(found.files.values())  # each is read once, also where a.jpg and a.png share it
+    lines = {file: _first_line(file, found) for file in used}
+    found.first_lines = {picture: lines[file] for picture, file in found.files.items()}
     found.unused = [path for path in beside.values() if path not in used]
     return found
 

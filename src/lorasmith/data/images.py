@@ -114,7 +114,8 @@ def pictures_in(folder: Path) -> list[Path]:
 
 def foreign_pictures_in(folder: Path) -> list[Path]:
     """Return the files directly in a folder that are pictures of kinds which are not read, such as HEIC."""
-    return [path for path in _visible_files(folder) if path.suffix.lower() in _FOREIGN - extensions()]
+    wanted = _FOREIGN - extensions()
+    return [path for path in _visible_files(folder) if path.suffix.lower() in wanted]
 
 
 def advice_for_foreign(pictures: Sequence[Path]) -> str:
