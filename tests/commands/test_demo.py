@@ -38,7 +38,9 @@ def test_wishes_go_round_the_things_with_two_different_colours() -> None:
 
 
 def test_nothing_that_is_scored_was_drawn_as_regularization(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "draw", lambda _, prompts, *rest: [demo.Image.new("RGB", (8, 8))] * len(prompts))
+    monkeypatch.setattr(
+        demo, "draw", lambda _, prompts, *rest, **options: [demo.Image.new("RGB", (8, 8))] * len(prompts)
+    )
     demo.write_regularization(tmp_path, 0)
     captions = {path.read_text(encoding="utf-8").strip() for path in tmp_path.glob("*/*.txt")}
     assert len(captions) == 96

@@ -128,7 +128,9 @@ def attach(model: LatentDiffusion, lora: Path) -> None:
     Network.load(model.adapter_targets(), kohya.read(lora).tensors).attach()
 
 
-def draw(model: LatentDiffusion, prompts: Sequence[str], seed: int, title: str) -> list[Image.Image]:
+def draw(
+    model: LatentDiffusion, prompts: Sequence[str], seed: int, title: str, *, steps: int = 20
+) -> list[Image.Image]:
     """Draw each prompt from a seed of its own, the same for the same place in the list."""
     shown = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}"
     with tqdm(total=100, desc=f"     {title}", bar_format=shown, disable=None) as bar:
@@ -141,6 +143,7 @@ def draw(model: LatentDiffusion, prompts: Sequence[str], seed: int, title: str) 
             prompts,
             seeds=[seed + i for i in range(len(prompts))],
             size=(128, 128),
+            steps=steps,
             guidance=_GUIDANCE,
             batch_size=_BATCH,
             progress=show,
@@ -153,7 +156,7 @@ def write_regularization(folder: Path, seed: int) -> None:
     own.mkdir(parents=True)
     known = [wish.prompt for wish in wishes(_REGULARIZATION)]
     for i, (prompt, picture) in enumerate(
-        zip(known, draw(load_base(), known, seed + 1000, "regularization"), strict=True)
+        zip(known, draw(load_base(), known, seed + 1000, "regularization", steps=12), strict=True)
     ):
         picture.save(own / f"{i:02d}.png")
         (own / f"{i:02d}.txt").write_text(prompt + "\n", encoding="utf-8")
