@@ -211,6 +211,16 @@ class DataSection(Section):
     bucket_min: PositiveInt = Field(default=256, description="Smallest side of a bucket in pixels.")
     bucket_max: PositiveInt = Field(default=1024, description="Largest side of a bucket in pixels.")
     bucket_step: PositiveInt = Field(default=64, description="Bucket sides are multiples of this many pixels.")
+    bucket_rule: Literal["less-crop", "sd-scripts"] = Field(
+        default="less-crop",
+        description="How a picture finds its bucket: less-crop weighs what is cropped away against what is trained; "
+        "sd-scripts takes the buckets that sd-scripts takes.",
+    )
+    bucket_no_upscale: bool = Field(
+        default=False,
+        description="Never enlarge a picture: buckets come from the pictures' own sizes, whatever bucket_min and "
+        "bucket_max.",
+    )
     flip: bool = Field(default=False, description="Mirror half of the samples left to right; needs uncached latents.")
     color: bool = Field(default=False, description="Vary hue and gamma weakly; needs uncached latents.")
     random_crop: bool = Field(
@@ -365,7 +375,9 @@ def contradictions(cfg: TrainConfig) -> list[str]:
     """Return one sentence for each pair of options that cannot both be meant."""
     data, training, network, optimizer = cfg.data, cfg.training, cfg.network, cfg.optimizer
     augmentations = [name for name in ("flip", "color", "random_crop") if getattr(data, name)]
-    bucket_limits = [name for name in ("bucket_min", "bucket_max", "bucket_step") if _is_changed(data, name)]
+    bucket_limits = [name for name in ("bucket_min", "bucket_max") if _is_changed(data, name)]
+    bucket_options = [*bucket_limits, "bucket_step", "bucket_rule", "bucket_no_upscale"]
+    bucket_options = [name for name in bucket_options if _is_changed(data, name)]
     checks = {
         "steps and epochs are both given; give one of them": training.steps and training.epochs,
         f"cache_latents keeps each picture as it is, but {' and '.join(augmentations)} would change it every time; "
@@ -389,8 +401,10 @@ def contradictions(cfg: TrainConfig) -> list[str]:
         "captions names a metadata JSON, but images, the folder of its pictures, is missing": (
             data.captions and not data.images and not cfg.resume
         ),
-        f"{' and '.join(bucket_limits)} would change the buckets, but they are off; "
-        "add buckets, or leave out the other": not data.buckets and bucket_limits,
+        f"{' and '.join(bucket_options)} would change the buckets, but they are off; "
+        "add buckets, or leave out the other": not data.buckets and bucket_options,
+        f"bucket_no_upscale takes the buckets from the pictures' own sizes, so {' and '.join(bucket_limits)} would "
+        "have no effect; leave out one or the other": data.bucket_no_upscale and bucket_limits,
         f"keep_tokens = {data.keep_tokens} and keep_tokens_separator = {data.keep_tokens_separator} both say which "
         "parts stay in place; leave out one of them": data.keep_tokens and data.keep_tokens_separator,
         f"secondary_separator = {data.secondary_separator} cannot be told from the other separators, "

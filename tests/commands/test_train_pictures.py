@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -73,9 +75,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     Image.MAX_IMAGE_PIXELS = before
 
 
-def noise(size: tuple[int, int] = (80, 64), seed: int = 0) -> Image.Image:
-    import random
+def shapes(plan: str) -> set[str]:
+    """Return what the plan says that pictures are brought to."""
+    return set(re.findall(r"\d+ pictures? as (\d+x\d+)", plan))
 
+
+def noise(size: tuple[int, int] = (80, 64), seed: int = 0) -> Image.Image:
     return Image.frombytes("RGB", size, random.Random(seed).randbytes(size[0] * size[1] * 3))
 
 
@@ -135,3 +140,54 @@ def test_avif_is_trained_like_png(place: Place) -> None:
     with Image.open(folder / "a.avif") as image:
         decoded = image.convert("RGB")
     assert same(place.learned(folder), place.learned(place.folder(a=decoded)))
+
+
+# ---- buckets -------------------------------------------------------------------------------------------------------
+
+FINE = ["--buckets", "--bucket-min", 32, "--bucket-max", 128, "--bucket-step", 16]
+
+
+def test_the_bucket_rule_is_a_choice_and_the_default_crops_less(place: Place) -> None:
+    folder = place.folder(a=noise((100, 76)))
+    default, theirs = place.plan(folder, *FINE), place.plan(folder, *FINE, "--bucket-rule", "sd-scripts")
+    assert shapes(place.plan(folder, *FINE, "--bucket-rule", "less-crop")) == shapes(default)
+    assert shapes(default) == {"64x48"} and shapes(theirs) == {"64x64"}
+
+    def cropped(plan: str) -> int:
+        found = re.search(r"cuts away (\d+)%", plan)
+        return int(found[1]) if found else 0
+
+    assert cropped(default) < cropped(theirs)
+    assert not same(place.learned(folder, *FINE), place.learned(folder, *FINE, "--bucket-rule", "sd-scripts"))
+
+
+def test_small_pictures_are_not_enlarged_when_asked(place: Place) -> None:
+    folder = place.folder(small=noise((40, 33)), large=noise((300, 290)))
+    assert "enlarged: small.png" in place.plan(folder, *FINE)
+    own = ["--buckets", "--bucket-step", 16, "--bucket-no-upscale"]
+    for rule in ("less-crop", "sd-scripts"):
+        plan = place.plan(folder, *own, "--bucket-rule", rule)
+        assert "enlarged" not in plan and shapes(plan) == {"32x32", {"less-crop": "64x64", "sd-scripts": "48x48"}[rule]}
+    small = place.folder(small=noise((40, 33)))
+    assert same(place.learned(small, *own), place.learned(small, "--resolution", "32"))
+
+
+def test_a_picture_below_the_step_is_named(place: Place) -> None:
+    folder = place.folder(tiny=noise((40, 9)), large=noise((80, 80)))
+    message = place.refusal(folder, "--buckets", "--bucket-step", 16, "--bucket-no-upscale")
+    assert "tiny.png: 40x9" in message and "large.png" not in message and "bucket_step = 16" in message
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["--bucket-rule", "sd-scripts"], ["bucket_rule would change the buckets, but they are off", "add buckets"]),
+        (["--bucket-no-upscale"], ["bucket_no_upscale would change the buckets, but they are off"]),
+        (["--buckets", "--bucket-no-upscale", "--bucket-max", 512], ["own sizes, so bucket_max would have no effect"]),
+        (["--buckets", "--bucket-rule", "best"], ["--bucket-rule best", "one of less-crop, sd-scripts"]),
+        (["--buckets", "--bucket-no-upscale", "--bucket-step", 72], ["bucket_step = 72", "64x64", "lower the step"]),
+    ],
+)
+def test_bucket_options_that_cannot_be_meant_are_refused(place: Place, options: list[object], parts: list[str]) -> None:
+    message = place.refusal(place.folder(a=noise((300, 300))), *options)
+    assert all(part in message for part in parts), message

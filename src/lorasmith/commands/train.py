@@ -26,7 +26,7 @@ from lorasmith.checkpoint import atomic_file, open_checkpoint
 from lorasmith.command_line import quoted
 from lorasmith.config import TrainConfig
 from lorasmith.data import captions
-from lorasmith.data.buckets import CropPlan, Size, assign, bucket_shapes, cover_and_crop
+from lorasmith.data.buckets import Buckets, CropPlan, Size, bucket_crops, cover_and_crop
 from lorasmith.data.captions import CaptionOptions
 from lorasmith.data.dataset import Augmentation, Dataset, Posteriors, plain_pixels, read_ahead
 from lorasmith.data.images import set_pixel_limit
@@ -618,8 +618,11 @@ def _crops(cfg: TrainConfig, resolution: Size, records: list[ImageRecord]) -> li
     data = cfg.data
     if not data.buckets:
         return [cover_and_crop(record.size, resolution) for record in records]
-    shapes = bucket_shapes(resolution, data.bucket_min, data.bucket_max, data.bucket_step)
-    return [cover_and_crop(record.size, assign(record.size, shapes)) for record in records]
+    is_sd_scripts = data.bucket_rule == "sd-scripts"
+    buckets = Buckets(
+        resolution, data.bucket_min, data.bucket_max, data.bucket_step, is_sd_scripts, data.bucket_no_upscale
+    )
+    return bucket_crops(records, buckets)
 
 
 def _caption_options(cfg: TrainConfig, total_steps: int) -> CaptionOptions:
@@ -890,6 +893,7 @@ def _metadata(cfg: TrainConfig, ready: Preparation, step: int, started_at: float
         "enable_bucket": data.buckets,
         "min_bucket_reso": data.bucket_min if data.buckets else None,
         "max_bucket_reso": data.bucket_max if data.buckets else None,
+        "bucket_no_upscale": data.bucket_no_upscale,
         "cache_latents": ready.caches_latents,
         "color_aug": data.color,
         "flip_aug": data.flip,
