@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from lorasmith.sheets import sheet
+from lorasmith.sheets import Entry, contact_sheet, sheet
 
 
 def noise(size: tuple[int, int], seed: int) -> Image.Image:
@@ -109,3 +109,44 @@ def red_box(page: Image.Image) -> tuple[int, int]:
     ys, xs = np.nonzero((np.asarray(page) == (255, 0, 0)).all(axis=2))
     assert len(ys) == (xs.max() - xs.min() + 1) * (ys.max() - ys.min() + 1)
     return int(xs.max() - xs.min() + 1), int(ys.max() - ys.min() + 1)
+
+
+@pytest.mark.parametrize("number", [1, 5, 6, 7, 14])
+def test_a_contact_sheet_shows_every_picture_unchanged_in_rows_of_six(number: int) -> None:
+    pictures = [noise((200, 150), seed) for seed in range(number)]
+    page = contact_sheet([Entry(picture, f"{i}.png", "a caption") for i, picture in enumerate(pictures)])
+    places = [place(page, picture) for picture in pictures]
+    lefts, tops = sorted({left for left, _ in places}), sorted({top for _, top in places})
+    assert places == [(lefts[i % 6], tops[i // 6]) for i in range(number)]
+    assert page.width >= lefts[-1] + 200 and page.height >= tops[-1] + 200
+
+
+def num_red(page: Image.Image) -> int:
+    """Count the reddish pixels below the picture of a sheet of one."""
+    pixels = np.asarray(page)[210:].astype(int)
+    return int(((pixels[..., 0] > 150) & (pixels[..., 1] < 90) & (pixels[..., 2] < 90)).sum())
+
+
+def test_a_note_makes_its_row_higher_and_stands_out() -> None:
+    picture = noise((200, 200), 0)
+    plain = contact_sheet([Entry(picture, "a.png", "a caption")] * 7)
+    noted = contact_sheet(
+        [Entry(picture, "a.png", "a caption", ["blurred: sharpness 3"])] + [Entry(picture, "b", "c")] * 6
+    )
+    assert noted.width == plain.width and noted.height > plain.height
+    assert num_red(contact_sheet([Entry(picture, "a", "b", ["a note"])])) > num_red(
+        contact_sheet([Entry(picture, "a", "b")])
+    )
+
+
+def test_a_picture_that_cannot_be_shown_has_a_frame_in_its_place() -> None:
+    page = contact_sheet([Entry(None, "broken.jpg", "", ["unreadable"]), Entry(noise((200, 200), 1), "b.png", "")])
+    left, top = place(page, noise((200, 200), 1))
+    frame = page.getpixel((8, top))
+    assert frame != page.getpixel((left - 2, top)) == page.getpixel((2, 2))
+
+
+def test_an_empty_contact_sheet_and_endless_texts() -> None:
+    assert min(contact_sheet([]).size) > 0
+    endless = Entry(noise((9, 9), 0), "name " * 99, "word " * 999, ["note " * 99])
+    assert contact_sheet([endless]).height < 400

@@ -1,12 +1,14 @@
-"""Sheets: labelled grids of pictures, one row a moment of training, one column a prompt."""
+"""Sheets: labelled grids of pictures, one row a moment of training, one column a prompt; and contact sheets."""
 
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
 _GAP, _LABEL_WIDTH, _FONT_SIZE, _SMALLEST_CELL, _LARGEST_CELL = 8, 92, 13, 160, 384
-_INK, _PAPER = (40, 40, 46), (250, 250, 248)
+_INK, _PAPER, _FAINT, _ALERT = (40, 40, 46), (250, 250, 248), (120, 120, 128), (176, 32, 32)
+_CONTACT, _CONTACTS_PER_ROW = 200, 6
 
 
 def sheet(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
@@ -51,3 +53,49 @@ def _fit(picture: Image.Image, cell: tuple[int, int]) -> Image.Image:
         size = max(1, round(picture.width * factor)), max(1, round(picture.height * factor))
         resample = Image.Resampling.LANCZOS
     return picture.convert("RGB").resize(size, resample)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One picture of a contact sheet, with a title, its text in ink and notes in red; None: there is none to show."""
+
+    picture: Image.Image | None
+    title: str
+    text: str
+    notes: Sequence[str] = ()
+
+
+def contact_sheet(entries: Sequence[Entry]) -> Image.Image:
+    """Return pictures in rows of six at most, each with what is said of it below; cells of a row are equally high."""
+    font = ImageFont.load_default(size=_FONT_SIZE)
+    per_row = max(1, min(_CONTACTS_PER_ROW, len(entries)))
+    rows = [entries[begin : begin + per_row] for begin in range(0, len(entries), per_row)]
+    lines = [[_lines(entry) for entry in row] for row in rows]
+    line_height = _FONT_SIZE + 4
+    heights = [_CONTACT + _GAP + line_height * max(map(len, texts)) + _GAP for texts in lines]
+    page = Image.new("RGB", (per_row * (_CONTACT + _GAP) + _GAP, sum(heights) + _GAP), _PAPER)
+    draw = ImageDraw.Draw(page)
+    top = _GAP
+    for row, texts, height in zip(rows, lines, heights, strict=True):
+        for column, (entry, of_entry) in enumerate(zip(row, texts, strict=True)):
+            left = _GAP + column * (_CONTACT + _GAP)
+            if entry.picture is None:
+                draw.rectangle((left, top, left + _CONTACT - 1, top + _CONTACT - 1), outline=_ALERT)
+                draw.line((left, top, left + _CONTACT - 1, top + _CONTACT - 1), fill=_ALERT)
+            else:
+                page.paste(_fit(entry.picture, (_CONTACT, _CONTACT)), (left, top))
+            for number, (line, colour) in enumerate(of_entry):
+                draw.text((left, top + _CONTACT + _GAP // 2 + number * line_height), line, colour, font)
+        top += height
+    return page
+
+
+def _lines(entry: Entry) -> list[tuple[str, tuple[int, int, int]]]:
+    """Return what stands below a picture: line and colour, three lines of text and two of each note at most."""
+    title = [(line, _FAINT) for line in _wrapped(entry.title, 1)]
+    text = [(line, _INK) for line in _wrapped(entry.text, 3)]
+    return title + text + [(line, _ALERT) for note in entry.notes for line in _wrapped(note, 2)]
+
+
+def _wrapped(text: str, most: int) -> list[str]:
+    return textwrap.wrap(text, _CONTACT // 7, max_lines=most, placeholder="...")

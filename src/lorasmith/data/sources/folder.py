@@ -24,15 +24,15 @@ from lorasmith.data.images import (
     probe_all,
     require_folder,
 )
+from lorasmith.data.quality import MANY_REPEATS
 from lorasmith.data.records import ImageRecord, Scan
 from lorasmith.errors import UserError
 
-_MANY_REPEATS = 500  # sd-scripts' documents go up to about 200; years and picture numbers are above
 _DREAMBOOTH_NAME = re.compile(r"(\d*[1-9]\d*)_(.*\S.*)")
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """A folder whose pictures are used; `fallback` is the caption of those without one, None if there is no such."""
 
     folder: Path
@@ -65,9 +65,9 @@ def scan(
             empty or not UTF-8, pictures without any caption.
     """
     require_folder(folder)
-    parts, notes = _find_parts(folder, caption, repeats)
+    parts, notes = find_parts(folder, caption, repeats)
     if not any(part.pictures for part in parts):
-        raise UserError(_nothing_found(folder))
+        raise UserError(nothing_found(folder))
     accepted = accepted_extensions(caption_extension)
     captions = [read_caption_files(part.folder, part.pictures, accepted) for part in parts]
     _refuse_bad_captions(parts, captions, accepted, is_prior=is_prior)
@@ -85,7 +85,7 @@ def scan(
     return Scan(records, notes + probe_notes + _unused_option_notes(parts, captions, caption, repeats))
 
 
-def _find_parts(folder: Path, caption: str | None, repeats: int) -> tuple[list[_Part], list[str]]:
+def find_parts(folder: Path, caption: str | None, repeats: int) -> tuple[list[Part], list[str]]:
     """Return the folders to use, and notes on what is left aside."""
     name, direct, subfolders = folder.resolve().name, pictures_in(folder), _subfolders(folder)
     own = _DREAMBOOTH_NAME.fullmatch(name)
@@ -97,11 +97,11 @@ def _find_parts(folder: Path, caption: str | None, repeats: int) -> tuple[list[_
     notes = [f"{path.name}: {_count(found)} in this subfolder, not used" for path, found in aside.items() if found]
     if own:
         return [_dreambooth_part(folder, name, own)], notes
-    return [_Part(folder, name, repeats, caption, False, direct)], notes
+    return [Part(folder, name, repeats, caption, False, direct)], notes
 
 
-def _dreambooth_part(folder: Path, name: str, match: re.Match[str]) -> _Part:
-    return _Part(folder, name, int(match[1]), match[2].strip(), True, pictures_in(folder))
+def _dreambooth_part(folder: Path, name: str, match: re.Match[str]) -> Part:
+    return Part(folder, name, int(match[1]), match[2].strip(), True, pictures_in(folder))
 
 
 def _parent_notes(folder: Path, direct: Sequence[Path], unnamed: Sequence[Path]) -> list[str]:
@@ -120,7 +120,7 @@ def _parent_notes(folder: Path, direct: Sequence[Path], unnamed: Sequence[Path])
 
 
 def _refuse_bad_captions(
-    parts: Sequence[_Part], captions: Sequence[CaptionFiles], accepted: Sequence[str], *, is_prior: bool
+    parts: Sequence[Part], captions: Sequence[CaptionFiles], accepted: Sequence[str], *, is_prior: bool
 ) -> None:
     problems = caption_problems(captions)
     uncaptioned = [
@@ -134,10 +134,10 @@ def _refuse_bad_captions(
     refuse(problems)
 
 
-def _part_notes(part: _Part, captions: CaptionFiles) -> list[str]:
+def _part_notes(part: Part, captions: CaptionFiles) -> list[str]:
     """Say what is used of a folder, and what in it might be a mistake."""
     notes = [_part_summary(part, captions)]
-    if part.is_dreambooth and part.repeats > _MANY_REPEATS:
+    if part.is_dreambooth and part.repeats > MANY_REPEATS:
         notes.append(
             f"{part.name}: the {part.repeats} before the _ is taken as the number of repeats; "
             "if it is a year or another number, rename the folder (1_your words)"
@@ -156,7 +156,7 @@ def _part_notes(part: _Part, captions: CaptionFiles) -> list[str]:
     return notes
 
 
-def _part_summary(part: _Part, captions: CaptionFiles) -> str:
+def _part_summary(part: Part, captions: CaptionFiles) -> str:
     if not part.pictures:
         return f"{part.name}: holds no pictures"
     without = [picture for picture in part.pictures if picture not in captions.files]
@@ -172,7 +172,7 @@ def _part_summary(part: _Part, captions: CaptionFiles) -> str:
 
 
 def _unused_option_notes(
-    parts: Sequence[_Part], captions: Sequence[CaptionFiles], caption: str | None, repeats: int
+    parts: Sequence[Part], captions: Sequence[CaptionFiles], caption: str | None, repeats: int
 ) -> list[str]:
     """Say so when an option that was given changes nothing."""
     is_dreambooth, notes = parts[0].is_dreambooth, []
@@ -184,7 +184,7 @@ def _unused_option_notes(
     return notes
 
 
-def _nothing_found(folder: Path) -> str:
+def nothing_found(folder: Path) -> str:
     """Say that there are no pictures, and where there are some."""
     foreign = foreign_pictures_in(folder)
     near = {path: _num_pictures(path) for path in [*_subfolders(folder), folder.resolve().parent]}
