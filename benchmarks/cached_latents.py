@@ -80,7 +80,7 @@ def make_step(task: Task, is_cached: bool) -> Step:
 
     def step() -> float:
         number = next(numbers)
-        return stepper.step(dataset.batch(number, 0), 1.0, step=number, stop_signal=None).loss
+        return stepper.step(dataset.batch(number, 0), 1.0, step=number, stop_signal=lambda: None).loss
 
     return step
 

@@ -85,3 +85,10 @@ def test_a_second_sigterm_ends_the_program() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.stdout, done.returncode) == ("goes on\n", -signal.SIGTERM)
+
+
+def test_the_answer_is_given_at_once_and_once(capfd: pytest.CaptureFixture[str]) -> None:
+    with StopRequest("stopping after this step"):
+        signal.raise_signal(signal.SIGTERM)
+        assert capfd.readouterr().err == "\nstopping after this step\n"
+    assert capfd.readouterr().err == ""

@@ -59,12 +59,24 @@ def test_any_one_thing_of_a_run_makes_the_place_taken(tmp_path: Path, name: str 
     run = folder(tmp_path / "my lora", name)
     path = everything_of(run)[number]
     write(path)
+    if path == run.run_file:
+        return check_free(run, overwrite=False)  # it ended before it saved anything
     with pytest.raises(UserError) as error:
         check_free(run, overwrite=False)
     top = path.relative_to(run.path).parts[0]
     assert all(part in str(error.value) for part in (str(run.path), top, "--resume", "--overwrite"))
     check_free(run, overwrite=True)
     assert path.is_file()
+    return None
+
+
+def test_what_ended_before_it_saved_anything_is_moved_aside_and_no_hindrance(tmp_path: Path) -> None:
+    run = folder(tmp_path)
+    write(run.run_file, run.loss_log, run.samples / "step-00000000" / "00.png")
+    before = contents(tmp_path)
+    check_free(run, overwrite=False)
+    assert move_aside(run) == tmp_path / "old-1"
+    assert contents(tmp_path / "old-1") == before
 
 
 @pytest.mark.parametrize("name", [None, "dog"])

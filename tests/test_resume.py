@@ -49,14 +49,14 @@ def test_an_option_may_be_repeated_as_it_was(option: Option) -> None:
 def test_a_default_may_be_spelled_out_though_it_was_not_stored(option: Option) -> None:
     given = {option.section: {option.name: option.default}}
     assert merge_options({}, given) == given
-    with pytest.raises(UserError, match=f"{option.name} was left out"):
+    with pytest.raises(UserError, match=f"{option.name} was "):
         merge_options({}, {option.section: {option.name: "something else"}})
 
 
 def test_all_refusals_come_at_once() -> None:
     with pytest.raises(UserError) as error:
         merge_options({"network": {"rank": 4}}, {"network": {"rank": 8}, "training": {"seed": 3}})
-    assert "network.rank was 4, now 8" in str(error.value) and "training.seed was left out, now 3" in str(error.value)
+    assert "network.rank was 4, now 8" in str(error.value) and "training.seed was 42, now 3" in str(error.value)
 
 
 @pytest.mark.parametrize(("given", "dropped"), [("steps", "epochs"), ("epochs", "steps")])

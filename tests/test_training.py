@@ -106,7 +106,7 @@ def weights(model: nn.Module) -> Tensor:
 def step_of(model: Miniature, batches: Sequence[Batch], multiplier: float = 1.0, **options: float) -> Tensor:
     """The change of all weights that one step makes."""
     before = weights(model)
-    stepper(model, **options).step(batches, multiplier, step=0, stop_signal=None)  # type: ignore[arg-type]
+    stepper(model, **options).step(batches, multiplier, step=0, stop_signal=lambda: None)  # type: ignore[arg-type]
     return weights(model) - before
 
 
@@ -134,10 +134,10 @@ def test_a_batch_cut_into_micro_batches_makes_the_same_step(cuts: tuple[int, ...
 def test_gradients_of_an_earlier_step_do_not_stay() -> None:
     model = Miniature()
     steps = stepper(model, lr=0.0)
-    steps.step([samples(4, seed=1)], 1.0, step=0, stop_signal=None)
-    steps.step([samples(4, seed=2)], 1.0, step=1, stop_signal=None)
+    steps.step([samples(4, seed=1)], 1.0, step=0, stop_signal=lambda: None)
+    steps.step([samples(4, seed=2)], 1.0, step=1, stop_signal=lambda: None)
     fresh = Miniature()
-    stepper(fresh, lr=0.0).step([samples(4, seed=2)], 1.0, step=0, stop_signal=None)
+    stepper(fresh, lr=0.0).step([samples(4, seed=2)], 1.0, step=0, stop_signal=lambda: None)
     for one, two in zip(model.parameters(), fresh.parameters(), strict=True):
         assert one.grad is not None and two.grad is not None and torch.equal(one.grad, two.grad)
 
@@ -165,7 +165,7 @@ def test_multipliers_do_not_pile_up() -> None:
 
     steps = stepper(model, optimizer=make)
     for number, multiplier in enumerate((0.5, 0.5, 0.25)):
-        steps.step([samples(2)], multiplier, step=number, stop_signal=None)
+        steps.step([samples(2)], multiplier, step=number, stop_signal=lambda: None)
         assert [group["lr"] for group in optimizers[0].param_groups] == [0.1 * multiplier, 0.01 * multiplier]
 
 
@@ -182,7 +182,7 @@ def test_gradients_are_clipped_together_to_the_limit(limit: float) -> None:
 def test_the_loss_told_is_the_mean_over_all_micro_batches() -> None:
     model, batch = Miniature(), samples(4)
     expected = float(weighted_loss(model, batch, model.encode_text).detach())
-    result = stepper(model).step([part(batch, 0, 1), part(batch, 1, 4)], 1.0, step=0, stop_signal=None)
+    result = stepper(model).step([part(batch, 0, 1), part(batch, 1, 4)], 1.0, step=0, stop_signal=lambda: None)
     assert result.loss == pytest.approx(expected, rel=1e-5)
 
 
@@ -193,7 +193,7 @@ def test_a_loss_that_breaks_changes_no_weight_and_says_where(broken: float, plac
     batches[place] = replace(batches[place], noise=torch.full_like(batches[place].noise, broken))
     steps, before = stepper(model, optimizer=torch.optim.AdamW), weights(model)
     with pytest.raises(LossNotFiniteError, match=r"at step 8; .*--learning-rate") as error:
-        steps.step(batches, 1.0, step=7, stop_signal=None)
+        steps.step(batches, 1.0, step=7, stop_signal=lambda: None)
     assert isinstance(error.value, UserError)
     assert torch.equal(weights(model), before)
 
@@ -202,9 +202,21 @@ def test_a_loss_that_breaks_changes_no_weight_and_says_where(broken: float, plac
 def test_a_wish_to_stop_comes_back_after_the_step_was_taken(number: int | None) -> None:
     model = Miniature()
     before = weights(model)
-    result = stepper(model).step([samples(2)], 1.0, step=0, stop_signal=number)
+    result = stepper(model).step([samples(2)], 1.0, step=0, stop_signal=lambda: number)
     assert result.stop_signal == number
     assert not torch.equal(weights(model), before)
+
+
+def test_a_wish_to_stop_during_a_step_is_heard_in_that_step() -> None:
+    asked: list[int] = []
+
+    class Stopped(Miniature):
+        def encode_text(self, captions: list[str]) -> Conditioning:
+            asked.append(signal.SIGTERM)
+            return super().encode_text(captions)
+
+    result = stepper(Stopped()).step([samples(2)], 1.0, step=0, stop_signal=lambda: asked[0] if asked else None)
+    assert result.stop_signal == signal.SIGTERM
 
 
 class TwoProcesses(Processes):
@@ -227,9 +239,9 @@ class TwoProcesses(Processes):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_losses_gradients_and_wishes_of_other_processes_count(number: int) -> None:
     alone, two = Miniature(), Miniature()
-    own = stepper(alone).step([samples(2)], 1.0, step=0, stop_signal=None)
+    own = stepper(alone).step([samples(2)], 1.0, step=0, stop_signal=lambda: None)
     steps = stepper(two, processes=TwoProcesses(0.5, loss=0.25, stop_signal=number))
-    both = steps.step([samples(2)], 1.0, step=0, stop_signal=None)
+    both = steps.step([samples(2)], 1.0, step=0, stop_signal=lambda: None)
     assert (both.loss, both.stop_signal) == (pytest.approx(own.loss + 0.25), number)
     torch.testing.assert_close(weights(two.denoiser), weights(alone.denoiser) - 0.1 * 0.5)
     torch.testing.assert_close(weights(two.text_encoder), weights(alone.text_encoder) - 0.01 * 0.5)
@@ -239,7 +251,9 @@ def test_another_processes_broken_loss_stops_this_one_too() -> None:
     model = Miniature()
     before = weights(model)
     with pytest.raises(LossNotFiniteError):
-        stepper(model, processes=TwoProcesses(0.0, loss=math.nan)).step([samples(2)], 1.0, step=0, stop_signal=None)
+        stepper(model, processes=TwoProcesses(0.0, loss=math.nan)).step(
+            [samples(2)], 1.0, step=0, stop_signal=lambda: None
+        )
     assert torch.equal(weights(model), before)
 
 

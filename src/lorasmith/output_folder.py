@@ -9,6 +9,7 @@ from pathlib import Path
 from lorasmith.errors import UserError
 
 RUN_FILE = "run.toml"
+_BEGINNINGS = {RUN_FILE, "logs", "samples"}  # written before there is anything to go on from
 
 
 @dataclass(frozen=True)
@@ -60,14 +61,17 @@ class OutputFolder:
 
 
 def check_free(folder: OutputFolder, *, overwrite: bool) -> None:
-    """Refuse a place that cannot be written to or that holds another run.
+    """Refuse a place that cannot be written to or that holds another run's results.
+
+    What a run left that ended before it saved anything is no hindrance; it is moved aside like an older run.
 
     Raises:
         UserError: with the ways out: resume, another folder, --overwrite.
     """
     _check_writable(folder.path)
     found = [path.name for path in _belongings(folder)]
-    if found and not overwrite:
+    is_only_begun = RUN_FILE in found and _BEGINNINGS.issuperset(found)
+    if found and not overwrite and not is_only_begun:
         raise UserError(
             f"{folder.path} already holds a run ({_some(found)}), and nothing is overwritten. "
             f'To go on with it: lorasmith train --resume "{folder.path}". To start afresh: another --output, '

@@ -38,7 +38,8 @@ def merge_options(stored: Mapping[str, Any], given: Mapping[str, Any]) -> dict[s
         section = merged.setdefault(name, {})
         for option, new in value.items():
             if option not in CHANGEABLE and section.get(option, defaults.get((name, option))) != new:
-                refused.append(f"{name}.{option} was {section.get(option, 'left out')}, now {new}")
+                old = section.get(option, defaults.get((name, option)))
+                refused.append(f"{name}.{option} was {'left out' if old is None else old}, now {new}")
             section[option] = new
     if "steps" in given.get("training", {}):
         merged.get("training", {}).pop("epochs", None)

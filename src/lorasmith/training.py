@@ -80,19 +80,21 @@ class Stepper:
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=is_fp16)
 
     def step(
-        self, batches: Sequence[Batch], rate_multiplier: float, *, step: int, stop_signal: int | None
+        self, batches: Sequence[Batch], rate_multiplier: float, *, step: int, stop_signal: Callable[[], int | None]
     ) -> StepResult:
         """Train on one global batch; `step` counts from 0 and is for messages only.
 
         Args:
-            stop_signal: the signal that this process got; all learn of it and finish the same step.
+            stop_signal: tells the signal that this process got, asked once the gradients are there; all processes learn
+                of it and finish the same step.
 
         Raises:
             LossNotFiniteError: at the first NaN or infinite loss, before any weight is changed.
         """
         with self._processes.together():
             loss = self._accumulate(batches)
-        loss, *num_stops = self._processes.sums([loss, *(float(stop_signal == number) for number in STOP_SIGNALS)])
+        asked = stop_signal()
+        loss, *num_stops = self._processes.sums([loss, *(float(asked == number) for number in STOP_SIGNALS)])
         if not math.isfinite(loss):
             raise LossNotFiniteError(not_finite_message(step, loss))
         self._processes.sum_gradients_(self._parameters)

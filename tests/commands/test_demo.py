@@ -9,6 +9,7 @@ import pytest
 
 from lorasmith.cli import main
 from lorasmith.commands import demo
+from lorasmith.config import DemoConfig
 from lorasmith.demo import COLORS, THINGS
 
 
@@ -18,6 +19,8 @@ def test_a_second_demo_takes_the_next_free_folder(tmp_path: Path) -> None:
         folder = demo.free_folder(wanted)
         assert folder == tmp_path / expected
         folder.mkdir()
+        assert demo.free_folder(wanted) == folder  # empty: a demo that was stopped early
+        (folder / "before-after.png").touch()
 
 
 def test_a_file_in_the_folders_place_is_a_mistake_in_one_line(
@@ -35,6 +38,15 @@ def test_wishes_go_round_the_things_with_two_different_colours() -> None:
     assert all(wish.color != wish.ground for wish in wishes)
     assert len(set(wishes)) == 1440
     assert {wish.color for wish in wishes[:48]} == {wish.ground for wish in wishes[:48]} == set(COLORS)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 20, 400])
+def test_any_number_of_steps_makes_a_command_that_train_takes(tmp_path: Path, steps: int) -> None:
+    own = tmp_path / "regularization" / "1_thing"
+    own.mkdir(parents=True)
+    demo.Image.new("RGB", (128, 128)).save(own / "0.png")
+    command = demo.train_command(tmp_path, DemoConfig(steps=steps))
+    assert main([*command, "--dry-run"]) == 0
 
 
 def test_nothing_that_is_scored_was_drawn_as_regularization(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

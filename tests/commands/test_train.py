@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -183,3 +184,32 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
     plan = capsys.readouterr().out
     assert "264 modules" in plan and "12 steps = 2 epochs" in plan and "effective scale 1" in plan
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_begun_with_relative_paths_goes_on_from_anywhere(
+    base: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "place").mkdir()
+    shutil.copytree(pictures, tmp_path / "place" / "photos")
+    shutil.copy(base, tmp_path / "place" / "model.safetensors")
+    monkeypatch.chdir(tmp_path / "place")
+    assert main(command(Path("model.safetensors"), Path("photos"), Path("out"), "--steps", "1")) == 0
+    monkeypatch.chdir("/")
+    assert main(["train", "--resume", str(tmp_path / "place" / "out"), "--steps", "2"]) == 0
+    (tmp_path / "place" / "photos").rename(tmp_path / "elsewhere")
+    again = ["train", "--resume", str(tmp_path / "place" / "out"), "--steps", "3"]
+    assert main(again) == 2
+    assert "is not there any more; give its new place with --images" in capsys.readouterr().err
+    assert main([*again, "--images", str(tmp_path / "elsewhere")]) == 0
+
+
+def test_a_run_that_ended_before_it_saved_is_simply_started_again(
+    base: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = command(base, pictures, tmp_path / "out", "--steps", "9")
+    wrong = ["1e30" if word == "0.001" else word for word in right]
+    assert main([*wrong, "--max-grad-norm", "0"]) == 2
+    assert "the loss became" in capsys.readouterr().err
+    assert main(right) == 0
+    assert "the older run was moved to" in capsys.readouterr().out
+    assert (tmp_path / "out" / "last.safetensors").is_file()

@@ -35,12 +35,14 @@ from lorasmith.sheets import sheet
 BASE = FOLDER / "sd1-mini.safetensors"
 PICTURES = FOLDER / "pictures"
 # The mascot's pictures have other backgrounds: it must be drawn where it was never shown.
-MASCOT_PROMPTS = [f"a sks robot on a {ground} background" for ground in ("pink", "brown", "black") * 4]
+MASCOT_PROMPTS = [f"a sks robot on a {ground} background" for ground in ("brown", "black", "pink") * 4]
+_CONTINUED = "`" if os.name == "nt" else "\\"  # ends a line that goes on, in PowerShell and in other shells
 _GUIDANCE, _BATCH = 2.0, 16
 _SCORED, _REGULARIZATION = range(16), range(1000, 1096)
+_SHOWN_THINGS = ("car", "boat", "mushroom")
 _TRAINING_OPTIONS = [
     *("--rank", "8", "--batch-size", "8", "--unet-lr", "5e-3", "--text-encoder-lr", "1.2e-3"),
-    *("--lr-schedule", "cosine", "--lr-warmup-steps", "20"),
+    *("--lr-schedule", "cosine"),
 ]
 
 
@@ -70,7 +72,6 @@ class Score:
 def run(cfg: DemoConfig) -> int:
     """Draw, train, draw again, and say what changed; return the exit code."""
     folder = free_folder(cfg.output)
-    folder.mkdir(parents=True)
     if folder != cfg.output:
         print(f"{cfg.output} holds something already; this demo goes into {folder}")
     others = wishes(_SCORED)
@@ -85,7 +86,7 @@ def run(cfg: DemoConfig) -> int:
     write_regularization(folder / "regularization", cfg.seed)
     print(f"3/4  A LoRA learns the robot from {len(list(PICTURES.glob('*/*.png')))} pictures:", flush=True)
     command = train_command(folder, cfg)
-    print("\n  lorasmith " + " ".join(quoted(word) for word in command) + "\n", flush=True)
+    print("\n  lorasmith " + _in_lines(command) + "\n", flush=True)
     if code := run_training(command):
         return code
     print("\n4/4  The same prompts with the LoRA.", flush=True)
@@ -105,7 +106,7 @@ def free_folder(wanted: Path) -> Path:
     if wanted.exists() and not wanted.is_dir():
         raise UserError(f"--output {wanted} is a file; give a folder, which may not exist yet.")
     names = [wanted, *(wanted.with_name(f"{wanted.name}-{number}") for number in range(2, 1000))]
-    return next(path for path in names if not path.exists())
+    return next(path for path in names if not path.exists() or (path.is_dir() and not any(path.iterdir())))
 
 
 def wishes(numbers: range) -> list[Wish]:
@@ -167,8 +168,18 @@ def train_command(folder: Path, cfg: DemoConfig) -> list[str]:
     return [
         "train", "--base", str(BASE), "--images", str(PICTURES),
         "--regularization", str(folder / "regularization"), "--output", str(folder / "lora"),
-        "--steps", str(cfg.steps), *_TRAINING_OPTIONS, "--seed", str(cfg.seed), "--guidance", str(_GUIDANCE),
+        "--steps", str(cfg.steps), "--lr-warmup-steps", str(min(20, cfg.steps // 5)), *_TRAINING_OPTIONS,
+        "--seed", str(cfg.seed), "--guidance", str(_GUIDANCE),
     ]  # fmt: skip
+
+
+def _in_lines(command: Sequence[str]) -> str:
+    """Return a command as it can be pasted, with a line for each option that names a place."""
+    words = [quoted(word) for word in command]
+    joined = " ".join(words)
+    for flag in ("--images", "--regularization", "--output", "--steps"):
+        joined = joined.replace(f" {flag} ", f" {_CONTINUED}\n    {flag} ", 1)
+    return joined
 
 
 def run_training(command: list[str]) -> int:
@@ -204,15 +215,21 @@ def _share(answers: Sequence[bool]) -> float:
 
 
 def before_after(prompts: Sequence[str], before: Sequence[Image.Image], after: Sequence[Image.Image]) -> Image.Image:
-    """Return a sheet: three backgrounds for the robot, and three things that should stay as they are."""
-    shown = [0, 1, 2, *(len(MASCOT_PROMPTS) + THINGS.index(thing) for thing in ("house", "car", "mushroom"))]
+    """Return a page: some of the robot's pictures, then three backgrounds for it and three things that should stay."""
+    shown = [0, 1, 2, *(len(MASCOT_PROMPTS) + THINGS.index(thing) for thing in _SHOWN_THINGS)]
+    learned_from = [Image.open(path).convert("RGB") for path in sorted(PICTURES.glob("*/*.png"))[: len(shown)]]
     rows = [("before", [before[i] for i in shown]), ("with the LoRA", [after[i] for i in shown])]
-    return sheet([prompts[i] for i in shown], rows)
+    upper = sheet([""] * len(shown), [(f"{len(shown)} of the pictures it learns from", learned_from)])
+    lower = sheet([prompts[i] for i in shown], rows)
+    page = Image.new("RGB", (lower.width, upper.height + lower.height))
+    page.paste(upper, (0, 0))
+    page.paste(lower, (0, upper.height))
+    return page
 
 
 def _verdict(before: Score, after: Score) -> str:
     rows = [
-        ("it is the robot", before.mascot, after.mascot),
+        ("recognised as the robot", before.mascot, after.mascot),
         ("other prompts: the thing is right", before.thing, after.thing),
         ("other prompts: its colour is right", before.color, after.color),
         ("other prompts: the background is right", before.ground, after.ground),

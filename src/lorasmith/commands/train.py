@@ -69,6 +69,12 @@ _NUM_DEFAULT_PROMPTS = 2
 _OF_ONE_START: Any = {"resume": True, "save": {"overwrite"}}  # options that a resumed run does not take over
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _FAMILY_TITLES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x"}
+_SMALLEST_REAL_WIDTH = 320  # channels of the U-Net in every SD 1 and 2
+_STOPPING = "stopping after this step, then saving; once more ends at once, without saving"
+_PLACES = (  # options of a run that name something on the disk, so that it can be gone on with from anywhere
+    ("model", "base"), ("model", "vae"), ("network", "weights"),
+    ("data", "images"), ("data", "regularization"), ("data", "captions"),
+)  # fmt: skip
 _PART_TITLES = {"text_encoder": "text encoder", "unet": "U-Net"}
 _PATTERNS = {"both": "*", "unet": "lora_unet_*", "text_encoder": "lora_te*"}
 
@@ -175,6 +181,8 @@ def _session(cfg: TrainConfig, ready: Preparation, processes: Processes) -> "_Se
     """Load the model, and put network, optimizer and stepper on it, as a state left them if there is one."""
     device, state = processes.device, ready.state
     _make_deterministic(device)
+    if processes.is_main and cfg.log.progress:
+        print(f"loading {cfg.model.base}", flush=True)
     with open_checkpoint(cfg.model.base) as checkpoint:
         model = model_families.load(
             checkpoint,
@@ -245,7 +253,7 @@ class _Session:
                     self._open_folder(stack)
                 if self.done == 0 and self.cfg.samples.before_after:
                     self._draw()
-            stop = stack.enter_context(StopRequest())
+            stop = stack.enter_context(StopRequest(_STOPPING if is_main else ""))
             try:
                 is_stopped = self._loop(dataset, stop)
             except LossNotFiniteError as error:
@@ -270,7 +278,7 @@ class _Session:
                 rate = multiplier(
                     optimizer.lr_schedule, self.done, warmup_steps=optimizer.lr_warmup_steps, total_steps=total
                 )
-                result = self.stepper.step(batches, rate, step=self.done, stop_signal=stop.signal_number)
+                result = self.stepper.step(batches, rate, step=self.done, stop_signal=lambda: stop.signal_number)
                 self.done += 1
                 with processes.together():
                     if processes.is_main:
@@ -359,7 +367,7 @@ class _Session:
         self.folder.path.mkdir(parents=True, exist_ok=True)
         stored = self.cfg.model_dump(mode="json", exclude_none=True, exclude_defaults=True, exclude=_OF_ONE_START)
         with atomic_file(self.folder.run_file) as path:
-            path.write_text(config.dump_toml(stored), encoding="utf-8")
+            path.write_text(config.dump_toml(_anywhere(stored)), encoding="utf-8")
         self.losses = LossLog(self.folder.loss_log, done=self.done)
         stack.callback(self.losses.close)
         samples = self.cfg.samples
@@ -411,6 +419,8 @@ class _Session:
             return
         assert self.samples is not None
         size = samples.sample_size or self.ready.resolution
+        if self.cfg.log.progress:
+            tqdm.write(f"drawing {len(self.ready.prompts)} samples, {size[0]}x{size[1]}", file=sys.stdout)
         seeds = [samples.sample_seed + i for i in range(len(self.ready.prompts))]
         with lent(self.model.vae, self.model.device):
             pictures = generate(
@@ -438,7 +448,7 @@ class _Session:
             settings=settings,
             losses=self.losses.losses,
             norms=norms,
-            files=_file_advice(path, self.folder),
+            files=_file_advice(path, self.folder, self.ready.facts),
             prompts=self.ready.prompts if after else [],
             before=before,
             after=after,
@@ -507,7 +517,22 @@ def _merged(given: TrainConfig, run_folder: Path) -> TrainConfig:
     stored = config.load_toml(run_file)
     stored.setdefault("save", {})["output"] = str(run_folder)
     merged = merge_options(stored, given.model_dump(exclude_unset=True, mode="json"))
+    for section, option in _PLACES:
+        value = merged.get(section, {}).get(option)
+        if value is not None and os.path.isabs(value) and not os.path.exists(value):
+            raise UserError(
+                f"--resume: {value}, the run's {option}, is not there any more; give its new place with --{option}."
+            )
     return config.build(TrainConfig, merged)
+
+
+def _anywhere(options: dict[str, Any]) -> dict[str, Any]:
+    """Return a run's options with whole paths; what is no file or folder here (a hub id) stays as it is."""
+    for section, option in _PLACES:
+        value = options.get(section, {}).get(option)
+        if value is not None and os.path.exists(value):
+            options[section][option] = os.path.abspath(value)
+    return options
 
 
 def _check_resumable(state: State, fingerprint: str, plan: Plan, total_steps: int) -> None:
@@ -834,20 +859,31 @@ def _memory(cfg: TrainConfig, ready: Preparation, num_adapter_values: int, devic
     )
 
 
-def _file_advice(path: Path, folder: OutputFolder) -> list[tuple[str, str]]:
+def _file_advice(path: Path, folder: OutputFolder, facts: model_families.ModelFacts) -> list[tuple[str, str]]:
     """Say which file goes where."""
+    going_on = ("states/", f"to go on training: lorasmith train --resume {quoted(folder.path)} --steps MORE")
     if path.suffix != ".safetensors":
-        return [(path.name, "sd-scripts and older tools; other UIs want .safetensors (--format safetensors)")]
-    stem = path.stem
+        kind = "sd-scripts and older tools; other UIs want .safetensors (--format safetensors)"
+        return [(path.name, kind), going_on]
+    stem = folder.name or folder.path.resolve().name  # many a run's file is called "last"
+    diffusers = ("diffusers", f'pipeline.load_lora_weights("{folder.path}", weight_name="{path.name}")')
+    if facts.width < _SMALLEST_REAL_WIDTH:
+        return [
+            (path.name, "the LoRA; it fits the miniature that it was trained on, no other model"),
+            diffusers,
+            going_on,
+        ]
+    earlier = [other for other in folder.path.glob(f"*{path.suffix}") if other != path]
     return [
         (path.name, "the LoRA; every program below reads this one file"),
-        ("A1111 / Forge", f"copy to models/Lora, prompt <lora:{stem}:1>"),
-        ("ComfyUI", "copy to models/loras, node Load LoRA"),
+        ("A1111 / Forge", f"copy to models/Lora as {stem}.safetensors, prompt <lora:{stem}:1>"),
+        ("ComfyUI", f"copy to models/loras as {stem}.safetensors, node Load LoRA"),
         ("InvokeAI", "Model Manager, add the file"),
-        ("diffusers", f'pipeline.load_lora_weights("{folder.path}", weight_name="{path.name}")'),
-        ("epoch-*, step-*", "the same after fewer steps: try these when the last one looks overdone"),
-        ("states/", f"to go on training: lorasmith train --resume {quoted(folder.path)} --steps MORE"),
-    ]
+        diffusers,
+        *([(", ".join(sorted(other.name for other in earlier)[:3]), "the same after fewer steps: try these when the "
+            "last one looks overdone")] if earlier else []),
+        going_on,
+    ]  # fmt: skip
 
 
 def _metadata(cfg: TrainConfig, ready: Preparation, step: int, started_at: float) -> dict[str, str]:
