@@ -187,6 +187,11 @@ class DataSection(Section):
         description="A mark in captions, such as ;;;, that holds parts together when shuffling or leaving out, and "
         "then becomes a caption_separator.",
     )
+    wildcards: bool = Field(
+        default=False,
+        description="Take one variant of those in braces, {a|b}, and one line of caption files with several, anew for "
+        "each sample.",
+    )
     caption_dropout: Share = Field(default=0.0, description="Share of samples trained with an empty caption.")
     caption_dropout_every_epochs: Annotated[int, Field(ge=0)] = Field(
         default=0, description="In every n-th epoch all captions are empty; 0: in none."

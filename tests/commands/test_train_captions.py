@@ -94,6 +94,18 @@ def test_the_second_separator_holds_parts_together(place: Place) -> None:
     assert same(place.train(alone, "--shuffle-caption", "--secondary-separator", ";;;"), place.train(TAGS))
 
 
+def test_variants_and_lines_are_chosen_and_without_the_option_they_are_text(place: Place) -> None:
+    one = [f"{{{tags}}}" for tags in TAGS]
+    assert same(place.train(one, "--wildcards"), place.train(TAGS))
+    assert not same(place.train(one), place.train(TAGS))
+    lines = [f"{tags}\n{tags}" for tags in TAGS]
+    assert same(place.train(lines, "--wildcards"), place.train(TAGS)) and same(place.train(lines), place.train(TAGS))
+    several = [f"{{{tags}|something}} else\nno {{{{braces}}}}" for tags in TAGS]
+    results = [place.train(several, "--wildcards", "--seed", seed) for seed in (1, 2)]
+    assert not same(*results) and "only the first line is used" not in results[0].plan
+    assert "only the first line is used" in place.train(lines).plan
+
+
 # ---- what is left out ----------------------------------------------------------------------------------------------
 
 
@@ -129,22 +141,25 @@ def test_a_warm_up_begins_with_the_leading_parts(place: Place) -> None:
 
 VARIED = [
     "--shuffle-caption", "--keep-tokens", 1, "--caption-prefix", "p", "--caption-dropout", 0.2, "--tag-dropout", 0.3,
-    "--token-warmup-steps", 3, "--caption-dropout-every-epochs", 3,
+    "--token-warmup-steps", 3, "--caption-dropout-every-epochs", 3, "--wildcards",
 ]  # fmt: skip
+
+
+SEVERAL = [f"{tags}, {{one|two|three}}\nanother {{line|caption}}" for tags in TAGS]
 
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_resumed_run_has_the_same_captions(place: Place, workers: int) -> None:
-    whole = place.train(TAGS, *VARIED, "--steps", 7)
+    whole = place.train(SEVERAL, *VARIED, "--steps", 7)
     with contextlib.redirect_stdout(io.StringIO()):
         cut = place.path / f"cut-{workers}"
-        words = place.words(TAGS, *VARIED, "--steps", 7, "--output", cut)
+        words = place.words(SEVERAL, *VARIED, "--steps", 7, "--output", cut)
         assert main([*words, "--state-every-steps", "2", "--keep-states", "9"]) == 0
         (cut / "last.safetensors").unlink()
         state = cut / "states" / "step-00000004"
         assert main(["train", "--resume", str(state), "--workers", str(workers), "--state-every-steps", "0"]) == 0
     assert (cut / "last.safetensors").read_bytes() == (whole.folder / "last.safetensors").read_bytes()
-    assert not same(whole, place.train(TAGS, *VARIED, "--steps", 7, "--seed", 1))
+    assert not same(whole, place.train(SEVERAL, *VARIED, "--steps", 7, "--seed", 1))
 
 
 @pytest.mark.parametrize(

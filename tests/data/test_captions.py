@@ -2,16 +2,17 @@
 
 import math
 import random
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lorasmith.data.captions import CaptionOptions, plain, process, tags
+from lorasmith.data.captions import CaptionOptions, expand_wildcards, plain, process, tags
 from lorasmith.seeds import derive
 
 unhurried = settings(deadline=None)  # a busy machine is no failure
@@ -45,6 +46,7 @@ def test_without_options_the_text_is_untouched(caption: str, seed: int, step: in
 INERT = [
     {"separator": ",", "keep_separator": "|||", "secondary_separator": ";;;"},
     {"dropout": 1e-12},
+    {"wildcards": True},
     {"tag_dropout": 1e-12},
     {"dropout_every_epochs": 7},
     {"token_warmup_steps": 3, "token_warmup_min": 2},  # over by the step that is asked for
@@ -81,8 +83,9 @@ OPTIONS = st.builds(
     tag_dropout=st.sampled_from([0.0, 0.5, 1.0]),
     token_warmup_steps=st.sampled_from([0, 5, 7.5]),
     token_warmup_min=st.integers(1, 3),
+    wildcards=st.booleans(),
 )
-captions = st.lists(st.sampled_from(["a", "b c", "||| ", ";;;", ",", ", ", "\n"]), max_size=12).map("".join)
+captions = st.lists(st.sampled_from(["a", "b c", "||| ", ";;;", ",", ", ", "\n", "{d|e f}"]), max_size=12).map("".join)
 
 
 @unhurried
@@ -92,10 +95,8 @@ def test_a_caption_is_a_pure_function_and_uses_no_words_of_its_own(
 ) -> None:
     result = process(caption, options, draws=draws(seed), step=step, epoch=epoch)
     assert result == process(caption, options, draws=draws(seed), step=step, epoch=epoch)
-    given_words = Counter(f"{options.prefix} {caption} {options.suffix}".replace(";;;", ",").replace("|||", ",")
-                          .replace(",", " ").split())  # fmt: skip
-    used_words = Counter(result.replace(";;;", ",").replace("|||", ",").replace(",", " ").split())
-    assert used_words <= given_words
+    everything = f"{options.prefix} {caption} {options.suffix}"
+    assert Counter(re.findall("[a-z]", result)) <= Counter(re.findall("[a-z]", everything))
 
 
 # ---- parts ---------------------------------------------------------------------------------------------------------
@@ -158,6 +159,86 @@ def test_the_second_separator_holds_parts_together(texts: list[str], seed: int) 
     result = drawn(f"x, {held}, y", seed, shuffle=True, secondary_separator=";;;")
     assert ",".join(texts) in result and ";;;" not in result
     assert drawn(held, secondary_separator=";;;") == ",".join(texts)
+
+
+# ---- variants and lines --------------------------------------------------------------------------------------------
+
+
+def sd_scripts_wildcards(caption: str, choose: Callable[[list[str]], str]) -> str:
+    """library/train_util.py, process_caption: braces written twice are put aside, then each pair is replaced."""
+    caption = caption.replace("{{", "\1").replace("}}", "\2")
+    caption = re.sub(r"\{([^}]+)\}", lambda match: choose(match[1].split("|")), caption)
+    return caption.replace("\1", "{").replace("\2", "}")
+
+
+@unhurried
+@given(st.text("ab |{}", max_size=20), st.integers(0, 5))
+def test_without_nesting_variants_are_sd_scripts_own(caption: str, number: int) -> None:
+    escaped = caption.replace("{{", "\1").replace("}}", "\2")
+    assume(not re.search(r"\{[^}]*\{|\{[^}]*$|\{\}", escaped))  # nested, never closed, empty
+
+    def choose(variants: Any) -> str:
+        return variants[number % len(variants)]
+
+    assert expand_wildcards(caption, choose) == sd_scripts_wildcards(caption, choose)
+
+
+TREES = st.recursive(words, lambda inner: st.lists(st.lists(inner, min_size=1, max_size=3), min_size=2, max_size=3))
+
+
+def written(tree: Any) -> str:
+    """A list is a pair of braces with its variants, each of which is several texts."""
+    return tree if isinstance(tree, str) else "{" + "|".join(" ".join(map(written, part)) for part in tree) + "}"
+
+
+def offered(tree: Any) -> set[str]:
+    if isinstance(tree, str):
+        return {tree}
+    joined: set[str] = set()
+    for part in tree:
+        texts = {""}
+        for piece in part:
+            texts = {f"{text} {more}".strip() for text in texts for more in offered(piece)}
+        joined |= texts
+    return joined
+
+
+@unhurried
+@given(TREES, seeds)
+def test_only_variants_that_are_offered_are_chosen_however_deep(tree: Any, seed: int) -> None:
+    text = "x " + written(tree)
+    assume("{{" not in text and len(text) < 200)
+    result = drawn(text, seed, wildcards=True)
+    assert result.removeprefix("x ") in offered(tree)
+    assert drawn(text, seed) == text
+
+
+def test_every_variant_and_line_is_chosen_equally_often() -> None:
+    counts = Counter(drawn("{a|b|c} x\n\n  y\n", seed, wildcards=True) for seed in range(3000))
+    assert set(counts) == {"a x", "b x", "c x", "y"}
+    assert 1400 < counts["y"] < 1600 and all(400 < counts[f"{letter} x"] < 600 for letter in "abc")
+
+
+@pytest.mark.parametrize(
+    ("text", "variants"),
+    [
+        ("{{a|b}}", {"{a|b}"}), ("{a|{b|c}}", {"a", "b", "c"}), ("{a||b}", {"a", "", "b"}), ("{} {", {"{} {"}),
+        ("} | {a", {"} | {a"}), ("{x {a|b}", {"{x a", "{x b"}), ("{a, b|c}, d", {"a, b, d", "c, d"}), ("", {""}),
+    ],
+)  # fmt: skip
+def test_braces_of_all_kinds(text: str, variants: set[str]) -> None:
+    assert {drawn(text, seed, wildcards=True) for seed in range(60)} == variants
+
+
+def test_variants_are_chosen_before_parts_are_told_apart() -> None:
+    results = {drawn("k, {a, b|c}, d", seed, wildcards=True, tag_dropout=1.0, keep_tokens=2) for seed in range(60)}
+    assert results == {"k, a", "k, c"}
+    prefixed = {drawn("a\nb", seed, wildcards=True, shuffle=True, prefix="{p|q, r},") for seed in range(99)}
+    assert prefixed == {"p, a", "p, b", "q, r, a", "q, r, b"}
+
+
+def test_as_a_prompt_a_caption_has_its_first_line_and_variants() -> None:
+    assert plain("a {b|c}\nd", CaptionOptions(wildcards=True, prefix="{p|q},", shuffle=True)) == "p, a b"
 
 
 # ---- leaving out ---------------------------------------------------------------------------------------------------
@@ -227,13 +308,16 @@ def test_as_a_prompt_a_caption_is_whole_and_in_order(caption: str, options: Capt
         secondary_separator=options.secondary_separator,
         prefix=options.prefix,
         suffix=options.suffix,
+        wildcards=options.wildcards,
     )
+    assume("{" not in caption and "\n" not in caption)
     assert plain(caption, options) == process(caption, bare, draws=draws(1))
 
 
 @unhurried
 @given(captions, OPTIONS, seeds)
 def test_the_tags_of_a_caption_are_all_that_can_be_trained(caption: str, options: CaptionOptions, seed: int) -> None:
+    assume("{" not in caption)
     bare = replace(options, prefix="", suffix="", shuffle=True, token_warmup_steps=0)
     result = process(caption, bare, draws=draws(seed))
     assert Counter(tags(result, bare)) <= Counter(tags(caption, bare))

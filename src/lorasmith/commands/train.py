@@ -625,6 +625,7 @@ def _records(cfg: TrainConfig) -> tuple[list[ImageRecord], list[str]]:
             caption=data.caption,
             caption_extension=data.caption_extension,
             skip_unreadable=data.skip_unreadable,
+            all_lines=data.wildcards,
         )
     if data.regularization is None:
         return scan.records, scan.notes
@@ -634,6 +635,7 @@ def _records(cfg: TrainConfig) -> tuple[list[ImageRecord], list[str]]:
         caption=None,
         caption_extension=data.caption_extension,
         skip_unreadable=data.skip_unreadable,
+        all_lines=data.wildcards,
         is_prior=True,
     )
     return [*scan.records, *prior.records], [*scan.notes, *prior.notes]
@@ -665,6 +667,7 @@ def _caption_options(cfg: TrainConfig, total_steps: int) -> CaptionOptions:
         tag_dropout=data.tag_dropout,
         token_warmup_steps=warmup if warmup >= 1 else math.floor(warmup * total_steps),
         token_warmup_min=data.token_warmup_min,
+        wildcards=data.wildcards,
     )
 
 

@@ -14,7 +14,8 @@ DEFAULT_EXTENSIONS = (".caption", ".txt")
 class CaptionFiles:
     """The caption files of one folder's pictures.
 
-    files: picture -> its file, first lines: picture -> its caption. The other lists are for errors and for the plan.
+    files: picture -> its file, first lines: picture -> its caption, which is all lines where they were asked for. The
+    other lists are for errors and for the plan.
     """
 
     files: dict[Path, Path] = field(default_factory=dict)
@@ -30,8 +31,14 @@ def accepted_extensions(given: str | None) -> tuple[str, ...]:
     return DEFAULT_EXTENSIONS if given is None else ("." + given.lstrip(".").lower(),)
 
 
-def read_caption_files(folder: Path, pictures: Sequence[Path], accepted: Sequence[str]) -> CaptionFiles:
-    """Return the first line of the text file beside each picture that has one; extensions in either case."""
+def read_caption_files(
+    folder: Path, pictures: Sequence[Path], accepted: Sequence[str], *, all_lines: bool = False
+) -> CaptionFiles:
+    """Return the first line of the text file beside each picture that has one; extensions in either case.
+
+    Args:
+        all_lines: return all lines that hold something, divided by line feeds.
+    """
     found = CaptionFiles()
     known = {*DEFAULT_EXTENSIONS, *accepted}
     beside = {
@@ -45,13 +52,13 @@ def read_caption_files(folder: Path, pictures: Sequence[Path], accepted: Sequenc
         if file is not None:
             found.files[picture] = file
     used = dict.fromkeys(found.files.values())  # each is read once, also where a.jpg and a.png share it
-    lines = {file: _first_line(file, found) for file in used}
-    found.first_lines = {picture: lines[file] for picture, file in found.files.items()}
+    texts = {file: _text(file, found, all_lines=all_lines) for file in used}
+    found.first_lines = {picture: texts[file] for picture, file in found.files.items()}
     found.unused = [path for path in beside.values() if path not in used]
     return found
 
 
-def _first_line(file: Path, found: CaptionFiles) -> str:
+def _text(file: Path, found: CaptionFiles, *, all_lines: bool) -> str:
     try:
         text = file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -59,12 +66,14 @@ def _first_line(file: Path, found: CaptionFiles) -> str:
     if "\0" in text:  # UTF-16 without a mark decodes as UTF-8, with a zero after every letter
         found.wrong_encoding.append(file)
         return ""
-    first, *rest = re.split(r"\r\n|\r|\n", text)
-    if not first.strip():
+    lines = [line.strip() for line in re.split(r"\r\n|\r|\n", text)]
+    if all_lines:
+        lines = ["\n".join(filter(None, lines))]
+    if not lines[0]:
         found.empty.append(file)
-    elif any(line.strip() for line in rest):
+    elif any(lines[1:]):
         found.several_lines.append(file)
-    return first.strip()
+    return lines[0]
 
 
 def caption_problems(all_found: Iterable[CaptionFiles]) -> list[str]:

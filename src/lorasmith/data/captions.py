@@ -6,10 +6,11 @@ each rule draws from a generator of its own, so that none changes what another o
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 Draws = Callable[[str], random.Random]  # what is drawn -> a generator made new for it
+Choose = Callable[[Sequence[str]], str]
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class CaptionOptions:
     secondary_separator: becomes a separator at the very end. prefix, suffix: stay first and last. dropout: share of
     captions that are empty. dropout_every_epochs: in each n-th epoch all captions are empty; 0: never. tag_dropout:
     share of parts left out. token_warmup_steps: steps until all parts are used, from `token_warmup_min` on; 0: all at
-    once.
+    once. wildcards: take one variant of those in braces, and one line of several.
     """
 
     shuffle: bool = False
@@ -36,6 +37,7 @@ class CaptionOptions:
     tag_dropout: float = 0.0
     token_warmup_steps: float = 0
     token_warmup_min: int = 1
+    wildcards: bool = False
 
     @property
     def moves_parts(self) -> bool:
@@ -52,20 +54,71 @@ def process(caption: str, options: CaptionOptions, *, draws: Draws, step: int = 
     """
     if _is_dropped(options, draws, epoch):
         return ""
-    return _arranged((options.prefix, caption, options.suffix), options, draws, step)
+    pieces = _chosen(caption, options, draws("line").choice, draws("wildcard").choice)
+    return _arranged(pieces, options, draws, step)
 
 
 def plain(caption: str, options: CaptionOptions) -> str:
-    """Return the caption whole and in its order, as a prompt to draw: with nothing left out and nothing drawn."""
-    return _arranged((options.prefix, caption, options.suffix), _settled(options), random.Random, step=0)
+    """Return the caption whole and in its order, as a prompt to draw: with nothing left out and nothing drawn.
+
+    Of several lines or variants it has the first.
+    """
+    return _arranged(_chosen(caption, options, _first, _first), _settled(options), random.Random, step=0)
 
 
 def tags(caption: str, options: CaptionOptions) -> list[str]:
-    """Return all parts written in a caption, in their order, whichever separator divides them."""
+    """Return all parts written in a caption, in their order, whichever separator divides them, from all its lines."""
     separators = (options.keep_separator, options.secondary_separator, options.separator)
     for separator in filter(None, separators):
         caption = caption.replace(separator, "\n")
     return _parts(caption, "\n")
+
+
+def expand_wildcards(text: str, choose: Choose) -> str:
+    """Return the text with one of the variants in each pair of braces, `{a|b}`; inner braces are chosen first.
+
+    `{{` and `}}` stand for braces as letters, as in sd-scripts, but two braces of two open pairs close both. A brace
+    that is never closed, and an empty pair, stay as they are.
+    """
+    pairs = [[""]]  # the text outside of all braces, then the variants of each pair that is open
+    i = 0
+    while i < len(text):
+        letter, is_open = text[i], len(pairs) > 1
+        if text[i : i + 2] == "{{" or (text[i : i + 2] == "}}" and len(pairs) < 3):
+            pairs[-1][-1] += letter
+            i += 1
+        elif letter == "{":
+            pairs.append([""])
+        elif letter == "|" and is_open:
+            pairs[-1].append("")
+        elif letter == "}" and is_open:
+            variants = pairs.pop()
+            pairs[-1][-1] += "{}" if variants == [""] else choose(variants)
+        else:
+            pairs[-1][-1] += letter
+        i += 1
+    while len(pairs) > 1:
+        variants = pairs.pop()
+        pairs[-1][-1] += "{" + "|".join(variants)
+    return pairs[0][0]
+
+
+def lines_of(caption: str) -> list[str]:
+    """Return the lines of a caption that hold something."""
+    return _parts(caption, "\n") or [""]
+
+
+def _first(texts: Sequence[str]) -> str:
+    return texts[0]
+
+
+def _chosen(caption: str, options: CaptionOptions, choose_line: Choose, choose_variant: Choose) -> tuple[str, str, str]:
+    """Return prefix, caption and suffix, with wildcards one line of the caption and one variant in each of them."""
+    if not options.wildcards:
+        return options.prefix, caption, options.suffix
+    line = choose_line(lines_of(caption))
+    prefix, body, suffix = (expand_wildcards(text, choose_variant) for text in (options.prefix, line, options.suffix))
+    return prefix, body, suffix
 
 
 def _is_dropped(options: CaptionOptions, draws: Draws, epoch: int) -> bool:

@@ -51,6 +51,7 @@ def scan(
     repeats: int = 1,
     is_prior: bool = False,
     skip_unreadable: bool = False,
+    all_lines: bool = False,
 ) -> Scan:
     """Return the pictures of a folder in any of the three layouts, sorted by folder and name, each decoded once.
 
@@ -59,6 +60,7 @@ def scan(
         caption_extension: look for caption files with this extension only, instead of `.caption` and then `.txt`.
         repeats: for a plain folder; elsewhere the folders' names say it.
         is_prior: these are regularization pictures.
+        all_lines: captions are all lines of their files, not the first one only.
 
     Raises:
         UserError: no such folder, no pictures (says where there are some), unreadable pictures, caption files that are
@@ -69,7 +71,7 @@ def scan(
     if not any(part.pictures for part in parts):
         raise UserError(nothing_found(folder))
     accepted = accepted_extensions(caption_extension)
-    captions = [read_caption_files(part.folder, part.pictures, accepted) for part in parts]
+    captions = [read_caption_files(part.folder, part.pictures, accepted, all_lines=all_lines) for part in parts]
     _refuse_bad_captions(parts, captions, accepted, is_prior=is_prior)
     probed, probe_notes = probe_all(
         [picture for part in parts for picture in part.pictures], skip_unreadable=skip_unreadable
