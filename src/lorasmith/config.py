@@ -93,11 +93,18 @@ def _check_separator(separator: str) -> str:
     return separator
 
 
+def _check_token_length(length: int) -> int:
+    if length not in (75, 150, 225):
+        raise ValueError(f"{length} tokens of a caption cannot be used; give 75, 150 or 225")
+    return length
+
+
 # A shell expands ~ at the start of a word only: not in --base=~/model, nor in a TOML file.
 Place = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
 PlaceOrHubId = Annotated[str, AfterValidator(os.path.expanduser)]
 FileName = Annotated[str, AfterValidator(_check_name)]
 Color = Annotated[str, AfterValidator(_check_color)]
+TokenLength = Annotated[int, AfterValidator(_check_token_length)]
 Separator = Annotated[str, AfterValidator(_check_separator)]
 Rate = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -205,6 +212,13 @@ class DataSection(Section):
     )
     token_warmup_min: PositiveInt = Field(
         default=1, description="With how many parts, besides those kept in place, the growth begins."
+    )
+    weighted_captions: bool = Field(
+        default=False, description="Take (a:1.2), (a) and [a] in captions and prompts as weights of their words."
+    )
+    max_token_length: TokenLength = Field(
+        default=75,
+        description="How many tokens of a caption are used, 75, 150 or 225, in chunks of 75 that do not cut a word.",
     )
     resolution: Size | None = Field(
         default=None,

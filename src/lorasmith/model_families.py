@@ -1,10 +1,10 @@
 """Which model family a checkpoint is of, told by the names and shapes in its header, and what goes on from there.
 
-A family is a file in `lorasmith/models` with the functions `matches`, `describe`, `target_shapes` and `load`, as
-`models/sd.py` has them.
+A family is a file in `lorasmith/models` with the functions `matches`, `describe`, `target_shapes`, `is_cut` and `load`,
+as `models/sd.py` has them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from lorasmith.checkpoint import Checkpoint
 from lorasmith.errors import UserError
 from lorasmith.models.base import LatentDiffusion, ModelFacts
 
-__all__ = ["ModelFacts", "describe", "load", "target_shapes"]
+__all__ = ["ModelFacts", "cut_captions", "describe", "load", "target_shapes"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -45,6 +45,18 @@ def target_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     return _find(checkpoint).target_shapes(checkpoint)
 
 
+def cut_captions(
+    checkpoint: Checkpoint, captions: Iterable[str], *, max_token_length: int, weighted_captions: bool
+) -> set[str]:
+    """Return those captions of which words find no place in that many tokens."""
+    family = _find(checkpoint)
+    return {
+        caption
+        for caption in set(captions)
+        if family.is_cut(caption, max_token_length=max_token_length, weighted_captions=weighted_captions)
+    }
+
+
 def load(
     checkpoint: Checkpoint,
     *,
@@ -54,6 +66,8 @@ def load(
     prediction: str | None = None,
     clip_skip: int = 1,
     ema: bool = False,
+    max_token_length: int = 75,
+    weighted_captions: bool = False,
 ) -> LatentDiffusion:
     """Load a base model, frozen: denoiser and text encoder in `dtype`, the VAE in fp32.
 
@@ -62,14 +76,17 @@ def load(
         prediction: `epsilon` or `v_prediction`; None: as the file says.
         clip_skip: take the text encoder's n-th layer from the end.
         ema: take the moving average of the weights where the file has it beside the last ones.
+        max_token_length: how many tokens of a caption are used: 75, 150 or 225.
+        weighted_captions: `(a:1.2)` and `[a]` in captions are weights.
 
     Raises:
         UserError: not a base model of a supported family, or a damaged one.
     """
     family = _find(checkpoint)
     return family.load(
-        checkpoint, dtype=dtype, device=device, vae=vae, prediction=prediction, clip_skip=clip_skip, ema=ema
-    )
+        checkpoint, dtype=dtype, device=device, vae=vae, prediction=prediction, clip_skip=clip_skip, ema=ema,
+        max_token_length=max_token_length, weighted_captions=weighted_captions,
+    )  # fmt: skip
 
 
 def _find(checkpoint: Checkpoint) -> Any:

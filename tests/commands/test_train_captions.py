@@ -137,15 +137,38 @@ def test_a_warm_up_begins_with_the_leading_parts(place: Place) -> None:
     assert "parts of a caption: 2 at first, besides those kept in place, and all after 2 steps" in share.plan
 
 
+# ---- how captions are read -----------------------------------------------------------------------------------------
+
+
+def test_long_captions_are_used_whole_in_chunks_and_cut_ones_are_told(place: Place) -> None:
+    words = "one two three four five " * 16
+    long = [f"{words} {tags}" for tags in TAGS]
+    cut = place.train(long)
+    assert same(cut, place.train([words] * 3))
+    assert "3 captions are longer than 75 tokens, and their last words are not used: 0.png, 1.png, 2.png" in cut.plan
+    whole = place.train(long, "--max-token-length", 150)
+    assert not same(whole, place.train([words] * 3, "--max-token-length", 150))
+    assert "longer than" not in whole.plan and whole.metadata["ss_max_token_length"] == "150"
+    assert cut.metadata["ss_max_token_length"] == "None" and "longer than" not in place.train(TAGS).plan
+
+
+def test_weights_count_only_when_asked_for(place: Place) -> None:
+    weighted = [f"({tags}:1.5)" for tags in TAGS]
+    result = place.train(weighted, "--weighted-captions")
+    assert not same(result, place.train(TAGS)) and not same(result, place.train(weighted))
+    assert same(place.train([f"({tags}:1)" for tags in TAGS], "--weighted-captions"), place.train(TAGS))
+    assert same(place.train(TAGS, "--weighted-captions"), place.train(TAGS))
+
+
 # ---- the run -------------------------------------------------------------------------------------------------------
 
 VARIED = [
     "--shuffle-caption", "--keep-tokens", 1, "--caption-prefix", "p", "--caption-dropout", 0.2, "--tag-dropout", 0.3,
-    "--token-warmup-steps", 3, "--caption-dropout-every-epochs", 3, "--wildcards",
+    "--token-warmup-steps", 3, "--caption-dropout-every-epochs", 3, "--wildcards", "--weighted-captions",
 ]  # fmt: skip
 
 
-SEVERAL = [f"{tags}, {{one|two|three}}\nanother {{line|caption}}" for tags in TAGS]
+SEVERAL = [f"({tags}:1.2), {{one|two|three}}\nanother {{line|caption}}" for tags in TAGS]
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -167,7 +190,7 @@ def test_a_resumed_run_has_the_same_captions(place: Place, workers: int) -> None
     [
         ("caption-prefix", "q"), ("caption-suffix", "q"), ("caption-separator", "."), ("keep-tokens", "2"),
         ("secondary-separator", ";;;"), ("tag-dropout", "0.1"), ("caption-dropout-every-epochs", "2"),
-        ("token-warmup-steps", "4"), ("token-warmup-min", "2"),
+        ("max-token-length", "150"), ("token-warmup-steps", "4"), ("token-warmup-min", "2"),
     ],
 )  # fmt: skip
 def test_a_resumed_run_keeps_its_rules(
@@ -206,6 +229,7 @@ def test_captions_are_drawn_as_samples_without_their_marks(place: Place) -> None
         (["--keep-tokens-separator", ".", "--caption-separator", ". "], "is part of caption_separator"),
         (["--caption-separator", ""], "an empty text separates nothing"),
         (["--token-warmup-min", "2"], "token_warmup_steps, how long it takes, is missing"),
+        (["--max-token-length", "100"], "100 tokens of a caption cannot be used; give 75, 150 or 225"),
         (["--tag-dropout", "1.5"], "--tag-dropout 1.5: expected a number at least 0 and at most 1"),
     ],
 )

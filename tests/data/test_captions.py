@@ -12,7 +12,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lorasmith.data.captions import CaptionOptions, expand_wildcards, plain, process, tags
+from lorasmith.data.captions import CaptionOptions, expand_wildcards, longest, plain, process, tags, weights
 from lorasmith.seeds import derive
 
 unhurried = settings(deadline=None)  # a busy machine is no failure
@@ -326,3 +326,43 @@ def test_the_tags_of_a_caption_are_all_that_can_be_trained(caption: str, options
 def test_tags_are_divided_by_every_separator() -> None:
     options = CaptionOptions(separator=".", keep_separator="|||", secondary_separator=";;;")
     assert tags("a, b ||| c. d;;;e..", options) == ["a, b", "c", "d", "e"]
+
+
+def test_the_longest_text_of_each_line_is_that_of_its_longest_variants() -> None:
+    options = CaptionOptions(wildcards=True, prefix="p,", shuffle=True, dropout=1.0, tag_dropout=1.0)
+    assert longest("a {b|c d}\n{e|}", options) == ["p, a c d", "p, e"]
+    assert longest("a\n{b|c d}", CaptionOptions()) == ["a\n{b|c d}"]
+
+
+# ---- weights -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", []),
+        ("a (b) c", [("a ", 1), ("b", 1.1), (" c", 1)]),
+        ("a [b]", [("a ", 1), ("b", 1 / 1.1)]),
+        ("(a: 1.5) [b]c", [("a", 1.5), (" ", 1), ("b", 1 / 1.1), ("c", 1)]),
+        ("((a:2) b:3)", [("a", 6), (" b", 3)]),
+        ("(a (b", [("a ", 1.1), ("b", 1.1 * 1.1)]),
+        (r"\(a\) \[b\] \\ c\d", [(r"(a) [b] \ c\d", 1)]),
+        ("a) b] c:1.2 (d:-1) :3)", [("a) b] c:1.2 ", 1), ("d", -1), (" :3)", 1)]),
+        ("(a:1.2.3)", [("a:1.2.3", 1.1)]),
+        ("(a:b)", [("a:b", 1.1)]),
+        ("(a [b:2) c]", [("a ", 2), ("b", 2 / 1.1), (" c", 1 / 1.1)]),
+    ],
+)
+def test_weights_are_webuis(text: str, expected: list[tuple[str, float]]) -> None:
+    pieces = weights(text)
+    assert [piece for piece, _ in pieces] == [piece for piece, _ in expected]
+    assert [weight for _, weight in pieces] == pytest.approx([weight for _, weight in expected])
+
+
+@unhurried
+@given(st.text())
+def test_weights_lose_no_words_and_without_brackets_are_1(text: str) -> None:
+    without = re.sub(r"[()\[\]\\]", "", text)
+    assert weights(without) == ([(without, 1.0)] if without else [])
+    escaped = re.sub(r"([()\[\]\\])", r"\\\1", text)
+    assert weights(escaped) == ([(text, 1.0)] if text else [])

@@ -115,6 +115,60 @@ def test_sd2_text_is_that_of_torchs_attention_on_the_files_own_tensors(
     torch.testing.assert_close(models["sd2"].encode_text(CAPTIONS)["text"], norm(x, "ln_final"), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["sd1", "sd2"])
+def test_long_captions_are_encoded_in_chunks_that_do_not_cut_a_word(
+    family: str, files: dict[str, Path], models: dict[str, Any]
+) -> None:
+    word = "antidisestablishmentarianism"
+    (num_tokens,) = models[family].count_tokens([word])
+    assert 1 < num_tokens < 20
+    first, second = "cat " * 74, f"{word} dog"  # the word would begin in the first chunk's last place
+    pieces = [models[family].encode_text([text])["text"] for text in (first, second, "")]
+    for length, used in ((150, pieces[:2]), (225, pieces)):
+        model: Any = load(files[family], max_token_length=length)
+        with torch.no_grad():
+            ours = model.encode_text([first + second, "a cat"])["text"]
+        assert ours.shape[:2] == (2, length + 2)
+        expected = torch.cat([used[0][:, :1], *(piece[:, 1:-1] for piece in used), used[-1][:, -1:]], dim=1)
+        torch.testing.assert_close(ours[:1], expected)
+        torch.testing.assert_close(ours[1:, :76], models[family].encode_text(["a cat"])["text"][:, :76])
+    with torch.no_grad():
+        torch.testing.assert_close(models[family].encode_text([first + second])["text"], pieces[0])
+
+
+@pytest.mark.parametrize("length", [75, 150])
+def test_weights_multiply_the_states_of_their_words_and_gradients_flow_through(
+    files: dict[str, Path], length: int
+) -> None:
+    model: Any = load(files["sd1"], max_token_length=length, weighted_captions=True)
+    plain: Any = load(files["sd1"], max_token_length=length)
+    with torch.no_grad():
+        ours = model.encode_text(["a (red cat:1.5) and [dog]", "no weights"])["text"]
+        states = plain.encode_text(["a red cat and dog", "no weights"])["text"]
+    factors = torch.ones(2, length + 2, 1)
+    factors[0, 2:4], factors[0, 5] = 1.5, 1 / 1.1
+    torch.testing.assert_close(ours, states * factors)
+    weight = model.text_encoder.encoder.layers[0].mlp.fc1.weight.requires_grad_(True)
+    model.encode_text(["(cat:0)"])["text"][:, 1].sum().backward()
+    assert not weight.grad.any()
+    model.encode_text(["(cat:2)"])["text"][:, 1].sum().backward()
+    assert weight.grad.any()
+
+
+def test_captions_that_lose_words_are_told(files: dict[str, Path]) -> None:
+    texts = ["cat " * 75, "cat " * 76, "(cat:1.1) " * 75, "((cat:1.1)) " * 76, "cat " * 151]
+    with open_checkpoint(files["sd1"]) as checkpoint:
+
+        def cut(length: int, *, is_weighted: bool) -> set[int]:
+            found = model_families.cut_captions(
+                checkpoint, texts, max_token_length=length, weighted_captions=is_weighted
+            )
+            return {number for number, text in enumerate(texts) if text in found}
+
+        assert cut(75, is_weighted=False) == {1, 2, 3, 4} and cut(75, is_weighted=True) == {1, 3, 4}
+        assert cut(150, is_weighted=True) == {4} and cut(225, is_weighted=True) == set()
+
+
 def test_tokens_are_counted_without_cutting(models: dict[str, Any]) -> None:
     assert models["sd1"].count_tokens(["a photo of a cat", "", "cat " * 90]) == [5, 0, 90]
     assert models["sd1"].count_tokens([]) == []

@@ -1,6 +1,10 @@
 """The tokenizer gives CLIP's ids."""
 
+import itertools
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lorasmith.models import tokenizer
 
@@ -30,3 +34,25 @@ def test_start_and_end_are_the_last_two_of_49408() -> None:
 def test_every_byte_has_a_token(text: str) -> None:
     ids = tokenizer.build()(text, add_special_tokens=False)["input_ids"]
     assert ids and tokenizer.END not in ids  # 49407 is CLIP's unknown token as well
+
+
+WORDS = st.lists(
+    st.sampled_from(["cat", "antidisestablishmentarianism", "Käthe", "x" * 400, ",", "1girl"]), max_size=99
+)
+
+
+@settings(deadline=None, max_examples=40)
+@given(WORDS, st.integers(1, 3))
+def test_chunks_hold_the_words_in_order_and_cut_none_that_fits(texts: list[str], count: int) -> None:
+    words = tokenizer.words([(text + " ", float(number)) for number, text in enumerate(texts)])
+    ids = tokenizer.build()(" ".join(texts), add_special_tokens=False)["input_ids"]
+    tokens = [token for word in words for token in word]
+    assert [number for number, _ in tokens] == ids
+    filled, is_whole = tokenizer.chunks(words, count)
+    together = [token for chunk in filled for token in chunk]
+    assert len(filled) == count and all(len(chunk) <= 75 for chunk in filled)
+    assert together == tokens[: len(together)] and is_whole == (len(together) == len(tokens))
+    ends, used = set(itertools.accumulate(map(len, words))), 0
+    for chunk in filled:
+        used += len(chunk)
+        assert used in ends | {0} or len(next(w for w, end in zip(words, sorted(ends), strict=True) if end > used)) > 75

@@ -141,6 +141,7 @@ def prepare(cfg: TrainConfig, processes: Processes, state: State | None) -> Prep
     if cfg.resume is None or _folder(cfg).path.resolve() != _run_folder(cfg.resume).resolve():
         check_free(_folder(cfg), overwrite=cfg.save.overwrite)
     records, notes = _records(cfg)
+    notes = [*notes, *_cut_notes(cfg, records)]
     resolution = cfg.data.resolution or facts.resolution
     crops = _crops(cfg, resolution, records)
     plan = build_plan(
@@ -192,6 +193,8 @@ def _session(cfg: TrainConfig, ready: Preparation, processes: Processes) -> "_Se
             prediction=ready.facts.prediction,
             clip_skip=cfg.model.clip_skip,
             ema=cfg.model.ema,
+            max_token_length=cfg.data.max_token_length,
+            weighted_captions=cfg.data.weighted_captions,
         )
     model.vae.to(vae_home(device, caches_latents=ready.caches_latents))
     network = _network(cfg, model)
@@ -671,6 +674,28 @@ def _caption_options(cfg: TrainConfig, total_steps: int) -> CaptionOptions:
     )
 
 
+def _cut_notes(cfg: TrainConfig, records: list[ImageRecord]) -> list[str]:
+    """Name the pictures whose captions are longer than the text encoder is given."""
+    data, options = cfg.data, _caption_options(cfg, total_steps=0)
+    texts = {record.path.name: captions.longest(record.caption, options) for record in records}
+    with open_checkpoint(cfg.model.base) as checkpoint:
+        cut = model_families.cut_captions(
+            checkpoint,
+            (text for several in texts.values() for text in several),
+            max_token_length=data.max_token_length,
+            weighted_captions=data.weighted_captions,
+        )
+    names = [name for name, several in texts.items() if cut & set(several)]
+    if not names:
+        return []
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    advice = "" if data.max_token_length == 225 else "; a larger --max-token-length (up to 225) would keep more of them"
+    return [
+        f"{len(names)} captions are longer than {data.max_token_length} tokens, and their last words are not used: "
+        f"{', '.join(names[:3])}{more}{advice}"
+    ]
+
+
 def _prompts(cfg: TrainConfig, records: list[ImageRecord]) -> list[str]:
     """Return the prompts to draw: those given, those of a text file, or captions of the training pictures."""
     samples = cfg.samples
@@ -904,6 +929,7 @@ def _metadata(cfg: TrainConfig, ready: Preparation, step: int, started_at: float
         "sd_model_name": Path(cfg.model.base).name,
         "vae_name": Path(cfg.model.vae).name if cfg.model.vae else None,
         "clip_skip": cfg.model.clip_skip if cfg.model.clip_skip > 1 else None,
+        "max_token_length": data.max_token_length if data.max_token_length > 75 else None,
         "network_dim": ready.rank,
         "network_alpha": ready.alpha,
         "output_name": name,

@@ -6,10 +6,16 @@ each rule draws from a generator of its own, so that none changes what another o
 
 import math
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 Draws = Callable[[str], random.Random]  # what is drawn -> a generator made new for it
+_WEIGHT_MARKS = re.compile(
+    r"\\[()\[\]\\]|[()\[\]]|:\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\)|[^\\()\[\]:]+|[:\\]"
+)  # an escaped bracket, a bracket, the end of `(a:1.2)`, text, a colon or backslash alone
+_BRACKET_FACTORS = {"(": 1.1, "[": 1 / 1.1}
 Choose = Callable[[Sequence[str]], str]
 
 
@@ -64,6 +70,46 @@ def plain(caption: str, options: CaptionOptions) -> str:
     Of several lines or variants it has the first.
     """
     return _arranged(_chosen(caption, options, _first, _first), _settled(options), random.Random, step=0)
+
+
+def longest(caption: str, options: CaptionOptions) -> list[str]:
+    """Return the longest text that each line of a caption can become."""
+    lines = lines_of(caption) if options.wildcards else [caption]
+    settled = _settled(options)
+
+    def by_length(texts: Sequence[str]) -> str:
+        return max(texts, key=len)
+
+    return [_arranged(_chosen(line, options, _first, by_length), settled, random.Random, step=0) for line in lines]
+
+
+def weights(text: str) -> list[tuple[str, float]]:
+    """Return the text in pieces with their weights: 1.1 times in `(a)`, a 1.1th in `[a]`, 1.2 times in `(a:1.2)`.
+
+    The rules are WebUI's, as in sd-scripts: inner brackets multiply, a backslash makes a bracket a letter, one that is
+    never closed counts to the end.
+    """
+    pieces: list[tuple[str, float]] = []
+    opened: list[tuple[str, int]] = []  # bracket, number of pieces before it
+
+    def weigh(first: int, factor: float) -> None:
+        pieces[first:] = [(piece, weight * factor) for piece, weight in pieces[first:]]
+
+    for match in _WEIGHT_MARKS.finditer(text):
+        mark, opener = match[0], {")": "(", "]": "["}.get(match[0][-1:])
+        if mark in _BRACKET_FACTORS:
+            opened.append((mark, len(pieces)))
+        elif (mark in (")", "]") or match["weight"]) and any(bracket == opener for bracket, _ in opened):
+            number = max(i for i, (bracket, _) in enumerate(opened) if bracket == opener)
+            bracket, first = opened.pop(number)
+            weigh(first, float(match["weight"]) if match["weight"] else _BRACKET_FACTORS[bracket])
+        else:
+            pieces.append((mark[1:] if len(mark) == 2 and mark[0] == "\\" else mark, 1.0))
+    for bracket, first in opened:
+        weigh(first, _BRACKET_FACTORS[bracket])
+    return [
+        ("".join(piece for piece, _ in same), weight) for weight, same in groupby(pieces, key=lambda piece: piece[1])
+    ]
 
 
 def tags(caption: str, options: CaptionOptions) -> list[str]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from lorasmith.checkpoint import Checkpoint, open_checkpoint
+from lorasmith.data.captions import weights
 from lorasmith.diffusion import Prediction, stable_diffusion_schedule
 from lorasmith.errors import UserError
 from lorasmith.models import tokenizer
@@ -34,7 +35,6 @@ _PAD: dict[Family, int] = {"sd1": tokenizer.END, "sd2": 0}
 _V_PREDICTION_NAMES = ("768-v", "v2-1_768", "768v")  # how the known SD2 files that predict v are called
 _PREDICTIONS: dict[str, Prediction] = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
 _OTHER_INPUTS = {9: "an inpainting model", 5: "a depth model", 8: "an InstructPix2Pix model"}
-_MAX_TOKENS = tokenizer.NUM_POSITIONS - 2  # without start and end
 _NUM_SHOWN = 3
 
 
@@ -43,6 +43,8 @@ class StableDiffusion(LatentDiffusion):
 
     Args:
         clip_skip: which of the text encoder's layers from the end gives the conditioning; 1: the last.
+        max_token_length: 75, 150 or 225 tokens of a caption are used, in chunks of 75.
+        weighted_captions: `(a:1.2)` and `[a]` in captions are weights.
     """
 
     latent_factor = 8
@@ -59,25 +61,33 @@ class StableDiffusion(LatentDiffusion):
         vae: AutoencoderKL,
         prediction: Prediction,
         clip_skip: int = 1,
+        max_token_length: int = tokenizer.CHUNK,
+        weighted_captions: bool = False,
     ) -> None:
         super().__init__()
         self.family: Family = family
         self.denoiser, self.text_encoder, self.vae = denoiser, text_encoder, vae
         self.schedule = stable_diffusion_schedule(prediction)
         self._clip_skip = clip_skip
-        self._tokenizer = tokenizer.build()
+        self._num_chunks, self._is_weighted = max_token_length // tokenizer.CHUNK, weighted_captions
 
     def encode_text(self, captions: list[str]) -> Conditioning:
-        """Return {"text": (B, 77, width)}; what is longer than 75 tokens is cut."""
-        ids = self._token_ids(captions).to(next(self.text_encoder.parameters()).device)
-        if self._clip_skip == 1:
-            return {"text": self.text_encoder(ids).last_hidden_state}
-        layers = self.text_encoder(ids, output_hidden_states=True).hidden_states  # embeddings, then every layer
-        return {"text": self.text_encoder.final_layer_norm(layers[-self._clip_skip])}
+        """Return {"text": (B, 77, width)}, or 152 or 227 instead of 77; words that find no place are cut.
+
+        The text encoder sees chunks of 75 tokens, each with a start and an end of its own; of these only the first
+        start and the last end are kept (sd-scripts, library/strategy_sd.py). Weights multiply its output.
+        """
+        ids, factors = self._tokens(captions)
+        states = self._encode(ids.flatten(0, 1))
+        if self._is_weighted:
+            states = states * factors.flatten(0, 1)[..., None].to(states.device, states.dtype)
+        states = states.unflatten(0, (len(captions), self._num_chunks))  # (B, n, 77, width)
+        inner = states[:, :, 1:-1].flatten(1, 2)
+        return {"text": torch.cat([states[:, 0, :1], inner, states[:, -1, -1:]], dim=1)}
 
     def count_tokens(self, captions: list[str]) -> list[int]:
         """Return how many tokens each caption has, uncut and without start and end."""
-        return [len(ids) for ids in self._tokens(captions)]
+        return [sum(map(len, _words(caption, self._is_weighted))) for caption in captions]
 
     @torch.no_grad()
     def encode_image(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,16 +116,37 @@ class StableDiffusion(LatentDiffusion):
     def _vae_device(self) -> torch.device:
         return next(self.vae.parameters()).device
 
-    def _tokens(self, captions: list[str]) -> list[list[int]]:
-        return self._tokenizer(captions, add_special_tokens=False)["input_ids"] if captions else []
+    def _encode(self, ids: Tensor) -> Tensor:
+        """Return the text encoder's states (N, 77, width) for ids (N, 77)."""
+        ids = ids.to(next(self.text_encoder.parameters()).device)
+        if self._clip_skip == 1:
+            return self.text_encoder(ids).last_hidden_state
+        layers = self.text_encoder(ids, output_hidden_states=True).hidden_states  # embeddings, then every layer
+        return self.text_encoder.final_layer_norm(layers[-self._clip_skip])
 
-    def _token_ids(self, captions: list[str]) -> Tensor:
-        """Return (B, 77): start, caption, end, padding. A pad token would change how the tokenizer reads captions."""
-        rows = torch.full((len(captions), tokenizer.NUM_POSITIONS), _PAD[self.family])
-        for row, tokens in zip(rows, self._tokens(captions), strict=True):
-            ids = [tokenizer.START, *tokens[:_MAX_TOKENS], tokenizer.END]
-            row[: len(ids)] = torch.tensor(ids)
-        return rows
+    def _tokens(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """Return ids and weights, each (B, chunks, 77): start, caption, end, padding, of which only words have weights.
+
+        A pad token of the tokenizer's own would change how it reads captions.
+        """
+        shape = (len(captions), self._num_chunks, tokenizer.NUM_POSITIONS)
+        ids, factors = torch.full(shape, _PAD[self.family]), torch.ones(shape)
+        for row, caption in enumerate(captions):
+            filled, _ = tokenizer.chunks(_words(caption, self._is_weighted), self._num_chunks)
+            for number, chunk in enumerate(filled):
+                line = [tokenizer.START, *(token for token, _ in chunk), tokenizer.END]
+                ids[row, number, : len(line)] = torch.tensor(line)
+                factors[row, number, 1 : len(line) - 1] = torch.tensor([factor for _, factor in chunk])
+        return ids, factors
+
+
+def _words(caption: str, is_weighted: bool) -> list[list[tokenizer.Token]]:
+    return tokenizer.words(weights(caption) if is_weighted else [(caption, 1.0)])
+
+
+def is_cut(caption: str, *, max_token_length: int, weighted_captions: bool) -> bool:
+    """Return whether words of the caption find no place in that many tokens."""
+    return not tokenizer.chunks(_words(caption, weighted_captions), max_token_length // tokenizer.CHUNK)[1]
 
 
 # --- what a checkpoint is ---------------------------------------------------------------------------------------------
@@ -227,6 +258,8 @@ def load(
     prediction: str | None,
     clip_skip: int,
     ema: bool,
+    max_token_length: int,
+    weighted_captions: bool,
 ) -> StableDiffusion:
     """Load the model, frozen: U-Net and text encoder in `dtype`, the VAE in fp32, tensor by tensor.
 
@@ -256,7 +289,9 @@ def load(
     else:
         assert layout.vae is not None, "describe has looked"
         own_vae = _load_vae(loader, layout.vae)
-    return StableDiffusion(layout.family, unet, text, own_vae, facts.prediction, clip_skip)
+    return StableDiffusion(
+        layout.family, unet, text, own_vae, facts.prediction, clip_skip, max_token_length, weighted_captions
+    )
 
 
 def _shapes(checkpoint: Checkpoint) -> dict[str, Shape]:

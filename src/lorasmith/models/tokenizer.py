@@ -1,6 +1,7 @@
 """CLIP's tokenizer, built from the byte-pair table that comes with the package: nothing is downloaded."""
 
 import gzip
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ _NUM_MERGES = 48894  # CLIP uses this many of the table's lines, after the headi
 NUM_TOKENS = 49408
 START, END = 49406, 49407
 NUM_POSITIONS = 77
+CHUNK = NUM_POSITIONS - 2  # tokens between start and end
+Token = tuple[int, float]  # id, weight
 
 
 @lru_cache(maxsize=1)
@@ -27,6 +30,39 @@ def build() -> CLIPTokenizer:
     tokenizer = make(vocab={token: number for number, token in enumerate(tokens)}, merges=merges)
     assert len(tokenizer) == NUM_TOKENS, f"{len(tokenizer)} tokens"  # it falls back to 2 without an error
     return tokenizer
+
+
+def words(pieces: Sequence[tuple[str, float]]) -> list[list[Token]]:
+    """Return the tokens of a text that is given in pieces with their weights, word by word."""
+    found: list[list[Token]] = [[]]
+    for text, weight in pieces:
+        for number in build()(text, add_special_tokens=False)["input_ids"]:
+            found[-1].append((number, weight))
+            if number in _word_ends():
+                found.append([])
+    return [word for word in found if word]
+
+
+def chunks(text: Sequence[Sequence[Token]], count: int) -> tuple[list[list[Token]], bool]:
+    """Return `count` chunks of at most 75 tokens, filled with whole words, and whether all words found their place.
+
+    A word that is longer than a chunk is cut; the last chunks may be empty.
+    """
+    filled: list[list[Token]] = [[]]
+    for word in text:
+        pieces = [list(word[start : start + CHUNK]) for start in range(0, len(word), CHUNK)]
+        for piece in pieces:
+            if len(filled[-1]) + len(piece) > CHUNK:
+                filled.append([])
+            filled[-1] += piece
+    return [*filled[:count], *([] for _ in range(count - len(filled)))], len(filled) <= count
+
+
+@lru_cache(maxsize=1)
+def _word_ends() -> frozenset[int]:
+    vocabulary: dict[str, int] = build().get_vocab()
+    ends = {number for token, number in vocabulary.items() if token.endswith("</w>")}
+    return frozenset(ends | {START, END})
 
 
 def _byte_symbols() -> list[str]:
