@@ -10,6 +10,7 @@ help: ## say what there is to make
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do printf 'make %-9s %s\n' "$$name" "$$text"; done
 
 $(STAMP): pyproject.toml constraints.txt
+	@echo 'setting up .venv: about 2 GB, some minutes, only once'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,clients,jxl]' --constraint constraints.txt
 	touch $(STAMP)
