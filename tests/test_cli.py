@@ -5,14 +5,16 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from pydantic import Field
 
 import lorasmith
 from lorasmith import cli, config
-from lorasmith.config import COMMANDS, TrainConfig
+from lorasmith.config import COMMANDS, Section, TrainConfig
 from lorasmith.errors import UserError
 
 
@@ -66,7 +68,62 @@ def test_what_is_on_or_off_is_said_with_or_without_no(train: Spy, flag: str, val
     assert given(train, flag) == {"data": {"random_crop": value}}
 
 
-_VALUES = {"integer": "8", "number": "0.5", "text": "x", "path": "a/b", "list": "x", "size": "448,640"}
+class Positionals(Section):
+    """A command with words that need no option."""
+
+    folder: Path | None = Field(default=None, description="Folder.", json_schema_extra={"positional": "DIR"})
+    files: list[str] = Field(default_factory=list, description="Files.", json_schema_extra={"positional": "FILE"})
+    rank: int = Field(default=1, description="Rank.")
+    is_on: bool = Field(default=False, description="On.")
+
+
+@pytest.fixture
+def words(train: Spy, monkeypatch: pytest.MonkeyPatch) -> Spy:
+    monkeypatch.setitem(COMMANDS, "train", Positionals)
+    return train
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("photos", {"folder": "photos"}),
+        ("--folder photos", {"folder": "photos"}),
+        ("--is-on photos", {"folder": "photos", "is_on": True}),
+        ("--rank 3 photos --is-on", {"folder": "photos", "rank": 3, "is_on": True}),
+        ("photos a b", {"folder": "photos", "files": ["a", "b"]}),
+        ("photos a --rank 3 b", {"folder": "photos", "files": ["a", "b"], "rank": 3}),
+        ("--files a b --folder photos", {"folder": "photos", "files": ["a", "b"]}),
+    ],
+)
+def test_words_without_an_option_go_where_the_command_expects_them(
+    words: Spy, arguments: str, expected: dict[str, Any]
+) -> None:
+    assert given(words, *arguments.split()) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ("a --folder b", "'a' and --folder both say what DIR is; leave out one."),
+        ("photos --rnak 8", "there is no option --rnak; did you mean --rank?"),
+    ],
+)
+def test_a_word_too_many_is_told(words: Spy, capsys: pytest.CaptureFixture[str], arguments: str, line: str) -> None:
+    assert cli.main(["train", *arguments.split()]) == 2
+    assert capsys.readouterr().err == f"lorasmith: {line}\n"
+
+
+def test_help_shows_the_words_that_need_no_option(words: Spy, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--help"]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith("usage: lorasmith train DIR FILE... [options]\n")
+    assert "--folder DIR" in told
+
+
+_VALUES = {
+    "integer": "8", "number": "0.5", "text": "x", "path": "a/b", "list": "x", "size": "448,640", "range": "2,4",
+    "color": "#ff8000",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("option", config.options(TrainConfig), ids=lambda option: option.name)
@@ -100,7 +157,7 @@ def test_the_command_line_wins_over_the_file(train: Spy, tmp_path: Any) -> None:
     ("arguments", "line"),
     [
         (["trian"], "there is no command trian; did you mean train?"),
-        (["zzz"], "there is no command zzz; there are: train, demo, schema."),
+        (["zzz"], "there is no command zzz; there are: train, demo, check, schema."),
         (["train", "--rnak", "8"], "there is no option --rnak; did you mean --rank?"),
         (["train", "--netwrk.rank=8"], "there is no option --netwrk.rank; did you mean --rank?"),
         (["train", "--no-filp"], "there is no option --no-filp; did you mean --flip?"),
@@ -114,7 +171,7 @@ def test_the_command_line_wins_over_the_file(train: Spy, tmp_path: Any) -> None:
         (["train", "--rank", "abc"], "--rank abc: expected a whole number above 0"),
         (["train", "--steps", "-3"], "--steps -3: expected a whole number above 0"),
         (["train", "--config", "absent.toml"], "absent.toml: there is no such file; check the path."),
-        (["schema"], "schema: expected one command: train, demo. For example: lorasmith schema train"),
+        (["schema"], "schema: expected one command: train, demo, check. For example: lorasmith schema train"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import Field, model_validator
 
 from lorasmith import config
-from lorasmith.config import COMMANDS, DemoConfig, Section, TrainConfig, build, dump_toml, load_toml
+from lorasmith.config import COMMANDS, Section, TrainConfig, build, dump_toml, load_toml
 from lorasmith.errors import UserError
 
 
@@ -42,7 +42,8 @@ def test_options_are_exactly_the_fields_and_each_has_a_sentence(command: type[Se
         found = []
         for name, field in model.model_fields.items():
             is_section = isinstance(field.annotation, type) and issubclass(field.annotation, Section)
-            found += places(field.annotation, (*above, name)) if is_section else [(*above, name)]  # type: ignore[arg-type]
+            place = (*above, field.alias or name)
+            found += places(field.annotation, place) if is_section else [place]  # type: ignore[arg-type]
         return found
 
     options = config.options(command)
@@ -53,7 +54,7 @@ def test_options_are_exactly_the_fields_and_each_has_a_sentence(command: type[Se
 
 @pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS.keys())
 def test_defaults_told_are_the_models_own(command: type[Section]) -> None:
-    defaults = command().model_dump(mode="json")
+    defaults = command().model_dump(mode="json", by_alias=True)
     for option in config.options(command):
         values = defaults[option.section] if option.section else defaults
         assert (option.default or None) == (values[option.name] or None), option
@@ -256,7 +257,7 @@ def test_a_whole_configuration_survives_a_file(tmp_path: Path) -> None:
 
 
 def test_the_schema_is_json_and_closed() -> None:
-    for command in (TrainConfig, DemoConfig):
+    for command in COMMANDS.values():
         schema = json.loads(json.dumps(command.model_json_schema()))
         assert schema["additionalProperties"] is False
         assert all(part["additionalProperties"] is False for part in schema.get("$defs", {}).values())

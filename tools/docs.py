@@ -53,7 +53,8 @@ def _command(name: str, model: type[Section]) -> str:
 
 def _row(option: Option) -> str:
     expected = "on or off" if option.kind == "boolean" else option.expected
-    cells = [f"`{option.flag}`", expected, _default(option.default), option.help]
+    name = f"`{option.flag}`" + (f" or `{option.positional}`" if option.positional else "")
+    cells = [name, expected, _default(option.default), option.help]
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 

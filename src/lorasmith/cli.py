@@ -130,9 +130,11 @@ def _run(name: str, arguments: list[str]) -> int:
 
 def parser_of(name: str, command: type[Section]) -> argparse.ArgumentParser:
     """Return a command's parser; it only gathers what was given, as text, and leaves all checks to the model."""
+    options = config.options(command)
+    words = [_shown(option) for option in options if option.positional]
     parser = argparse.ArgumentParser(
         prog=f"lorasmith {name}",
-        usage="%(prog)s [options]",
+        usage=" ".join(["%(prog)s", *words, "[options]"]),
         description=f"{config.sections(command)['']} Every option can also be written with its section, "
         "as in --section.option, and stand in a TOML file.",
         argument_default=argparse.SUPPRESS,
@@ -152,7 +154,7 @@ def parser_of(name: str, command: type[Section]) -> argparse.ArgumentParser:
     )
     titles = config.sections(command)
     groups = {section: parser.add_argument_group(section, titles[section]) for section in titles if section}
-    for option in config.options(command):
+    for option in options:
         _add(groups.get(option.section, general), option)
     return parser
 
@@ -164,7 +166,7 @@ def _add(group: Any, option: Option) -> None:
         group.add_argument(*_spellings(option), dest=dest, action="store_true", help=text)
         group.add_argument(*_spellings(option, "no_"), dest=dest, action="store_false", help=argparse.SUPPRESS)
         return
-    metavar = f"{{{','.join(option.choices)}}}" if option.choices else _METAVARS[option.kind]
+    metavar = f"{{{','.join(option.choices)}}}" if option.choices else option.positional or _METAVARS[option.kind]
     nargs = "*" if option.kind == "list" else None
     group.add_argument(*_spellings(option), dest=dest, metavar=metavar, nargs=nargs, help=text)
 
@@ -181,7 +183,8 @@ def _help(option: Option) -> str:
     if isinstance(default, bool):
         default = "on" if default else "off"
     is_told = default not in (None, "", [])
-    return (option.help + (f" [default: {default}]" if is_told else "")).replace("%", "%%")
+    bare = f" [{option.flag} itself may be left out]" if option.positional else ""
+    return (option.help + (f" [default: {default}]" if is_told else "") + bare).replace("%", "%%")
 
 
 class _Formatter(argparse.HelpFormatter):
@@ -206,8 +209,29 @@ def _parse(parser: argparse.ArgumentParser, command: type[Section], arguments: l
         name = (error.argument_name or "").partition("/")[0]
         raise UserError(f"{name}: {error.message}; `{parser.prog} --help` says what it takes.") from error
     if unknown and not given.help:
-        raise UserError(_unknown(parser, command, unknown[0]))
+        _take_words(parser, command, given, unknown)
     return given
+
+
+def _take_words(
+    parser: argparse.ArgumentParser, command: type[Section], given: argparse.Namespace, words: list[str]
+) -> None:
+    """Put words without an option where the command expects them: argparse's own positionals must stand together."""
+    wrong = next((word for word in words if word.startswith("-")), None)
+    left = list(words)
+    for option in config.options(command):
+        dest = ".".join(option.place)
+        if option.positional and left and wrong is None:
+            if dest in given:
+                raise UserError(f"{left[0]!r} and {option.flag} both say what {option.positional} is; leave out one.")
+            setattr(given, dest, left if option.kind == "list" else left.pop(0))
+            left = [] if option.kind == "list" else left
+    if left:
+        raise UserError(_unknown(parser, command, wrong or left[0]))
+
+
+def _shown(option: Option) -> str:
+    return f"{option.positional}..." if option.kind == "list" else option.positional
 
 
 def _unknown(parser: argparse.ArgumentParser, command: type[Section], word: str) -> str:

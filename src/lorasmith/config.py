@@ -470,7 +470,39 @@ class DemoConfig(Section):
     )
 
 
-COMMANDS: dict[str, type[Section]] = {"train": TrainConfig, "demo": DemoConfig}
+class CheckConfig(Section):
+    """Find what is wrong with a folder of pictures, before any training."""
+
+    folder: Place | None = Field(
+        default=None,
+        description="Folder to look through: a parent of DreamBooth folders (`N_identifier class`), one of them, or a "
+        "plain folder.",
+        json_schema_extra={"positional": "DIR"},
+    )
+    resolution: Size = Field(
+        default=(512, 512), description="Size that you will train at, in pixels, one side or width,height."
+    )
+    trigger: str | None = Field(
+        default=None,
+        description="Word that every caption should hold; left out, the identifier in each DreamBooth folder's name.",
+    )
+    caption: str | None = Field(default=None, description="Caption that you will give for pictures without one.")
+    caption_extension: str | None = Field(
+        default=None, description="Extension of caption files; left out, `.caption` and then `.txt` are looked for."
+    )
+    every: bool = Field(default=False, alias="all", description="Show every picture of a finding, not three examples.")
+    json_file: str | None = Field(
+        default=None, alias="json", description="Write the findings to this JSON file, or to the screen with `-`."
+    )
+    sheet: Place | None = Field(
+        default=None, description="Write a contact sheet: every picture with its caption and what was found."
+    )
+    fix: Place | None = Field(
+        default=None, description="Write a repaired copy of the pictures into this new folder; nothing else changes."
+    )
+
+
+COMMANDS: dict[str, type[Section]] = {"train": TrainConfig, "demo": DemoConfig, "check": CheckConfig}
 
 
 # ---- derived from the models above: nothing below knows an option by name ------------------------------------------
@@ -500,6 +532,7 @@ class Option:
     choices: tuple[str, ...]
     default: Any
     help: str
+    positional: str  # what stands for it in the usage line, where its flag may be left out: "DIR"; else ""
 
     @property
     def place(self) -> tuple[str, ...]:
@@ -603,7 +636,8 @@ def _option(section: str, name: str, facts: Mapping[str, Any]) -> Option:
     choices = tuple(str(choice) for choice in shape.get("enum", ()))
     limits = [f"{word} {shape[key]}" for key, word in _LIMITS.items() if key in shape]
     expected = f"one of {', '.join(choices)}" if choices else " ".join([_EXPECTED[kind], " and ".join(limits)]).strip()
-    return Option(section, name, kind, expected, choices, facts.get("default"), facts["description"])
+    positional = facts.get("positional", "")
+    return Option(section, name, kind, expected, choices, facts.get("default"), facts["description"], positional)
 
 
 def _kind(shape: Mapping[str, Any]) -> str:

@@ -24,7 +24,7 @@ def scene(seed: int, size: tuple[int, int] = (240, 200)) -> Image.Image:
     image = Image.fromarray(ground).resize(size, Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(image)
     for _ in range(14):
-        x, y = random.integers(0, size[0]), random.integers(0, size[1])
+        x, y = int(random.integers(0, size[0])), int(random.integers(0, size[1]))
         r = int(random.integers(6, 50))
         draw.ellipse((x - r, y - r, x + r, y + r), tuple(int(c) for c in random.integers(0, 256, 3)))
     return image

@@ -154,8 +154,8 @@ def test_few_captions_and_sentences_are_no_tags() -> None:
 
 
 def test_of_copies_the_first_with_a_caption_stays() -> None:
-    same = {"content_hash": "x"}
-    pictures = [picture("a", **same), picture("b", caption="sks dog", **same), picture("c", caption="dog", **same)]
+    captions = {"a": None, "b": "sks dog", "c": "dog"}
+    pictures = [picture(name, DOG, caption, content_hash="x") for name, caption in captions.items()]
     assert duplicates(pictures) == {pictures[0].path: pictures[1].path, pictures[2].path: pictures[1].path}
     broken = [picture("d", problem="cut", content_hash=""), picture("e", problem="cut", content_hash="")]
     assert duplicates(broken) == {}

@@ -1,0 +1,324 @@
+"""`lorasmith check`: find what is wrong with a folder of pictures and captions, before any training.
+
+    lorasmith check photos
+
+Reads every picture once, gathers facts, and hands them to the rules in `data/quality.py`. Nothing is changed; `--fix`
+writes a repaired copy into a new folder.
+"""
+
+import json
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePath
+from typing import Any, TypeVar
+
+from PIL import Image
+from tqdm import tqdm
+
+from lorasmith.command_line import quoted
+from lorasmith.config import CheckConfig
+from lorasmith.data import inspection, repair
+from lorasmith.data.caption_files import CaptionFiles, accepted_extensions, read_caption_files
+from lorasmith.data.images import (
+    UnreadablePicture,
+    extensions,
+    foreign_pictures_in,
+    open_image,
+    pictures_in,
+    require_folder,
+)
+from lorasmith.data.quality import SEVERITIES, Facts, Finding, Group, Picture, Wishes, duplicates, find_all, strays
+from lorasmith.data.sources.folder import Part, find_parts, nothing_found
+from lorasmith.errors import UserError
+from lorasmith.models import tokenizer
+from lorasmith.sheets import Entry, contact_sheet
+
+EXIT_CODES = {"error": 2, "warning": 1, "hint": 0}
+_TITLES = {
+    "error": "Errors: training would stop",
+    "warning": "Warnings: the result would suffer, or pictures be left out",
+    "hint": "Hints: perhaps meant so",
+}
+_NUM_EXAMPLES = 3
+_PER_SHEET = 240
+_SHEET_KINDS = (".png", ".jpg", ".jpeg", ".webp")
+
+_Given = TypeVar("_Given")
+_Made = TypeVar("_Made")
+Looks = dict[Path, inspection.Look]
+
+
+def run(cfg: CheckConfig) -> int:
+    """Look through the folder, tell what was found, and return the exit code: 2 errors, 1 warnings, 0 neither."""
+    if cfg.folder is None:
+        raise UserError("missing: DIR, the folder of pictures. For example: lorasmith check photos")
+    require_folder(cfg.folder)
+    _check_outputs(cfg, cfg.folder)
+    facts, looks = examine(cfg.folder, accepted_extensions(cfg.caption_extension), cfg.caption)
+    wishes = Wishes(cfg.resolution, count_tokens, cfg.trigger, cfg.caption)
+    findings = find_all(facts, wishes)
+    code = max((EXIT_CODES[finding.severity] for finding in findings), default=0)
+    told = [] if cfg.json_file == "-" else [page(facts, findings, num_examples=None if cfg.every else _NUM_EXAMPLES)]
+    if cfg.json_file is not None:
+        text = json.dumps(as_json(facts, findings, code), indent=2, ensure_ascii=False)
+        if cfg.json_file == "-":
+            print(text)
+        else:
+            Path(cfg.json_file).expanduser().write_text(text + "\n", encoding="utf-8")
+    if cfg.sheet is not None:
+        told += [f"contact sheet   {path}" for path in write_sheets(cfg.sheet, facts, findings)]
+    if cfg.fix is not None:
+        told.append(write_copy(cfg.fix, facts, looks))
+    if cfg.json_file != "-":
+        print("\n".join(told))
+    return code
+
+
+def _check_outputs(cfg: CheckConfig, folder: Path) -> None:
+    """Refuse outputs that cannot be written, or that would lie among the pictures; before anything is read."""
+    json_path = None if cfg.json_file in (None, "-") else Path(cfg.json_file).expanduser()
+    for flag, path in {"--json": json_path, "--sheet": cfg.sheet, "--fix": cfg.fix}.items():
+        if path is None:
+            continue
+        if path.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"{flag} {path} lies in {folder} itself, where nothing is changed; give another place.")
+        if flag != "--fix" and (path.is_dir() or not path.absolute().parent.is_dir()):
+            reason = "this is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+            raise UserError(f"{flag} {path}: {reason}; give the path of a file that may be written.")
+    if cfg.sheet is not None and cfg.sheet.suffix.lower() not in _SHEET_KINDS:
+        raise UserError(f"--sheet {cfg.sheet}: expected a name that ends with {', '.join(_SHEET_KINDS)}.")
+    if cfg.fix is not None:
+        repair.require_new(cfg.fix)
+
+
+# ---- facts ---------------------------------------------------------------------------------------------------------
+
+
+def examine(folder: Path, accepted: Sequence[str], default_caption: str | None) -> tuple[Facts, Looks]:
+    """Read everything in a folder and return what is known of it.
+
+    Raises:
+        UserError: there is nothing that could be meant as a picture.
+    """
+    parts, _ = find_parts(folder, default_caption, 1)
+    used = {picture for part in parts for picture in part.pictures}
+    places = list(_folders(folder))
+    unused = [path for place in places for path in pictures_in(place) if path not in used]
+    foreign = [path for place in places for path in foreign_pictures_in(place)]
+    if not (used or unused or foreign):
+        raise UserError(nothing_found(folder))
+    captions = [read_caption_files(part.folder, part.pictures, accepted) for part in parts]
+    looked_at = dict(zip(used, _in_threads(_inspect, list(used), "reading"), strict=True))
+    looks = {path: look for path, look in looked_at.items() if isinstance(look, inspection.Look)}
+    pictures: list[Picture] = []
+    stray_captions: dict[Path, Path] = {}
+    office_files: dict[Path, Path] = {}
+    for part, found in zip(parts, captions, strict=True):
+        group = Group(part.folder, part.name, part.repeats, part.fallback if part.is_dreambooth else None)
+        pictures += [_picture(path, group, looked_at[path], found) for path in part.pictures]
+        texts, office = _strays(part, found)
+        stray_captions |= texts
+        office_files |= office
+    groups = list(dict.fromkeys(picture.group for picture in pictures))
+    alike = _alike(pictures, looks)
+    return (
+        Facts(folder, groups, pictures, captions, accepted, foreign, unused, stray_captions, office_files, alike),
+        looks,
+    )
+
+
+def count_tokens(texts: Sequence[str]) -> list[int]:
+    """Return how many tokens the text encoder would be given of each text, without start and end."""
+    return [len(ids) - 2 for ids in tokenizer.build()(list(texts))["input_ids"]] if texts else []
+
+
+def _folders(folder: Path) -> Iterator[Path]:
+    """Return a folder and all in it but hidden ones, sorted."""
+    for place, inner, _ in os.walk(folder):
+        inner[:] = sorted(name for name in inner if not name.startswith("."))
+        yield Path(place)
+
+
+def _inspect(path: Path) -> inspection.Look | UnreadablePicture:
+    try:
+        return inspection.inspect(path)
+    except UnreadablePicture as error:
+        return error
+
+
+def _in_threads(function: Callable[[_Given], _Made], values: Sequence[_Given], title: str) -> list[_Made]:
+    """Return what a function makes of each value; Pillow lets other threads run while it decodes."""
+    with ThreadPoolExecutor(_num_threads()) as pool:
+        return list(tqdm(pool.map(function, values), total=len(values), desc=title, disable=None, leave=False))
+
+
+def _num_threads() -> int:
+    return min(8, os.cpu_count() or 1)
+
+
+def _picture(path: Path, group: Group, look: inspection.Look | UnreadablePicture, captions: CaptionFiles) -> Picture:
+    caption, file = captions.first_lines.get(path), captions.files.get(path)
+    if isinstance(look, UnreadablePicture):
+        return Picture(path, group, problem=look.reason, caption=caption, caption_file=file)
+    return Picture(
+        path, group, "", look.size, look.content_hash, look.sharpness, look.has_transparency, look.num_frames,
+        caption, file,
+    )  # fmt: skip
+
+
+def _strays(part: Part, captions: CaptionFiles) -> tuple[dict[Path, Path], dict[Path, Path]]:
+    read = set(captions.files.values())
+    files = [path for path in part.folder.iterdir() if path not in read and path.name[0] != "." and path.is_file()]
+    return strays(files, [path for path in part.pictures if path not in captions.files], extensions())
+
+
+def _alike(pictures: Sequence[Picture], looks: Looks) -> dict[Path, Path]:
+    copies = duplicates(pictures)
+    paths = [picture.path for picture in pictures if not picture.problem and picture.path not in copies]
+    found = inspection.alike([looks[path].hash_bits for path in paths], [looks[path].thumbnail for path in paths])
+    return {paths[number]: paths[earlier] for number, earlier in found.items()}
+
+
+# ---- what is told --------------------------------------------------------------------------------------------------
+
+
+def page(facts: Facts, findings: Sequence[Finding], *, num_examples: int | None) -> str:
+    """Return the findings as text, by severity.
+
+    Args:
+        num_examples: how many places of each finding are shown; None: all.
+    """
+    lines = [_summary(facts)]
+    for severity in SEVERITIES:
+        own = [finding for finding in findings if finding.severity == severity]
+        if own:
+            lines += ["", _TITLES[severity]]
+        for finding in own:
+            lines += ["", f"  {finding.message}", f"    what to do: {finding.fix}"]
+            shown = finding.places[:num_examples]
+            lines += [f"      {_shown(facts, place.path)}{place.detail and ': '}{place.detail}" for place in shown]
+            if left := len(finding.places) - len(shown):
+                lines.append(f"      and {left:,} more (--all shows every one)")
+    counts = Counter(finding.severity for finding in findings)
+    told = ", ".join(_count(counts[severity], severity) for severity in SEVERITIES)
+    return "\n".join([*lines, "", told if findings else "nothing found that should be changed"])
+
+
+def _summary(facts: Facts) -> str:
+    counts = Counter(picture.group for picture in facts.pictures)
+    folders = [f"{group.name} ({number:,} x {group.repeats})" for group, number in counts.items()]
+    more = f" and {len(folders) - 8} more" if len(folders) > 8 else ""
+    names = f" in {', '.join(folders[:8])}{more}" if facts.groups else ""
+    return f"{facts.folder}: {_count(len(facts.pictures), 'picture')}{names}"
+
+
+def _shown(facts: Facts, path: Path) -> str:
+    return path.relative_to(facts.folder).as_posix()
+
+
+def as_json(facts: Facts, findings: Sequence[Finding], code: int) -> dict[str, Any]:
+    """Return the findings for programs, in the shape that docs/check.md promises; paths are relative to the folder."""
+    counts = Counter(finding.severity for finding in findings)
+    of_group = Counter(picture.group for picture in facts.pictures)
+    return {
+        "folder": str(facts.folder),
+        "pictures": len(facts.pictures),
+        "folders": [
+            {"name": group.name, "repeats": group.repeats, "pictures": number} for group, number in of_group.items()
+        ],
+        "counts": {severity: counts[severity] for severity in SEVERITIES},
+        "exit_code": code,
+        "findings": [
+            {
+                "severity": finding.severity,
+                "kind": finding.kind,
+                "message": finding.message,
+                "fix": finding.fix,
+                "places": [{"path": _shown(facts, place.path), "detail": place.detail} for place in finding.places],
+            }
+            for finding in findings
+        ],
+    }
+
+
+def write_sheets(path: Path, facts: Facts, findings: Iterable[Finding]) -> list[Path]:
+    """Write every picture with its caption and what was found of it, 240 to a file; return the files."""
+    notes: dict[Path, list[str]] = defaultdict(list)
+    for finding in findings:
+        for place in finding.places:
+            notes[place.path].append(f"{finding.kind}: {place.detail}" if place.detail else finding.kind)
+    written = []
+    for number, begin in enumerate(range(0, len(facts.pictures), _PER_SHEET), start=1):
+        shown = facts.pictures[begin : begin + _PER_SHEET]
+        small = _in_threads(_small, shown, "drawing")
+        entries = [
+            Entry(picture, _shown(facts, one.path), one.caption or one.group.words or "", _notes_on(one, facts, notes))
+            for one, picture in zip(shown, small, strict=True)
+        ]
+        file = path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
+        contact_sheet(entries).save(file)
+        written.append(file)
+    return written
+
+
+def _small(picture: Picture) -> Image.Image | None:
+    if picture.problem:
+        return None
+    image = open_image(picture.path)
+    image.thumbnail((200, 200))
+    return image
+
+
+def _notes_on(picture: Picture, facts: Facts, notes: dict[Path, list[str]]) -> list[str]:
+    caption_file = picture.caption_file or facts.stray_captions.get(picture.path)
+    return [*notes.get(picture.path, []), *(notes.get(caption_file, []) if caption_file else [])]
+
+
+# ---- the repaired copy ---------------------------------------------------------------------------------------------
+
+
+def write_copy(folder: Path, facts: Facts, looks: Looks) -> str:
+    """Write the repaired copy and return what was done."""
+    copies = duplicates(facts.readable)
+    group_of = {picture.path: picture.group for picture in facts.pictures}
+    left_out = {copy for copy, first in copies.items() if group_of[copy] == group_of[first]}
+    kept = [picture for picture in facts.readable if picture.path not in left_out]
+    if not kept:
+        raise UserError(f"--fix {folder}: there is no readable picture to copy.")
+    sources = [_source(picture, facts, looks[picture.path]) for picture in kept]
+    planned = repair.plan(sources)
+    repair.write(planned, folder, num_threads=_num_threads())
+    converted = [source for source in sources if source.is_converted]
+    reasons = Counter(reason for source in converted for reason in looks[source.picture].conversions)
+    renamed = [copy for copy in planned if copy.caption and copy.caption.name != _caption_name(copy.source)]
+    lines = [
+        f"repaired copy   {folder}",
+        f"  {_count(len(kept), 'picture')} copied, {len(converted):,} of them converted to PNG"
+        + (f" ({', '.join(f'{reason}: {number}' for reason, number in reasons.items())})" if reasons else ""),
+        f"  left out: {_count(len(left_out), 'duplicate')}, {len(facts.pictures) - len(facts.readable):,} unreadable, "
+        f"{len(facts.foreign) + len(facts.unused):,} that are not read or lie where training does not look",
+    ]
+    if renamed:
+        lines.append(f"  {_count(len(renamed), 'caption file')} renamed")
+    return "\n".join([*lines, f"  what is left to do: lorasmith check {quoted(folder)}"])
+
+
+def _caption_name(source: repair.Source) -> str:
+    return "" if source.caption is None else source.caption.name
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _source(picture: Picture, facts: Facts, look: inspection.Look) -> repair.Source:
+    group = picture.group
+    own_name = group.path == facts.folder and group.words is not None  # a single DreamBooth folder keeps its name
+    place = PurePath(group.path.resolve().name) if own_name else PurePath(group.path.relative_to(facts.folder))
+    stray = facts.stray_captions.get(picture.path)
+    empty = {path for found in facts.captions for path in found.empty}
+    caption = stray or (None if picture.caption_file in empty else picture.caption_file)
+    extension = facts.accepted[-1] if stray or caption is None else caption.suffix.lower()
+    return repair.Source(picture.path, place, caption, extension, bool(look.conversions))
