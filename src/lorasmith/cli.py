@@ -35,7 +35,10 @@ _OUTSIDE = {
     errno.EIO: "the disk or the network drive failed; check it, or use another",
     errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
 }
-_METAVARS = {"integer": "N", "number": "X", "text": "TEXT", "path": "PATH", "list": "TEXT", "size": "W,H"}
+_METAVARS = {
+    "integer": "N", "number": "X", "text": "TEXT", "path": "PATH", "list": "TEXT", "size": "W,H", "range": "A,B",
+    "color": "COLOR",
+}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

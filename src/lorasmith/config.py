@@ -72,6 +72,25 @@ Size = Annotated[
 ]
 
 
+def _parse_range(value: Any) -> Any:
+    """Accept "2,4" and [2, 4]."""
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+def _check_range(ends: tuple[float, float]) -> tuple[float, float]:
+    if not 0 < ends[0] <= ends[1]:
+        raise ValueError("expected two numbers above 0, the smaller first, such as 2,4")
+    return ends
+
+
+Range = Annotated[
+    tuple[float, float],
+    BeforeValidator(_parse_range),
+    AfterValidator(_check_range),
+    Field(json_schema_extra={"format": "low,high"}),
+]
+
+
 def _check_color(color: str) -> str:
     if color.lower() not in _COLORS and not re.fullmatch(r"#[0-9a-fA-F]{6}", color):
         raise ValueError(f"{color!r} is no colour that is known; give one like #ff8000, or one of {', '.join(_COLORS)}")
@@ -103,7 +122,7 @@ def _check_token_length(length: int) -> int:
 Place = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
 PlaceOrHubId = Annotated[str, AfterValidator(os.path.expanduser)]
 FileName = Annotated[str, AfterValidator(_check_name)]
-Color = Annotated[str, AfterValidator(_check_color)]
+Color = Annotated[str, AfterValidator(_check_color), Field(json_schema_extra={"format": "color"})]
 TokenLength = Annotated[int, AfterValidator(_check_token_length)]
 Separator = Annotated[str, AfterValidator(_check_separator)]
 Rate = Annotated[float, Field(gt=0)]
@@ -245,9 +264,14 @@ class DataSection(Section):
     random_crop: bool = Field(
         default=False, description="Crop at a random place instead of the centre; needs uncached latents."
     )
+    face_crop_aug_range: Range | None = Field(
+        default=None,
+        description="Crop around the face whose middle and size end a picture's name (`name_CX_CY_W_H.png`), so that "
+        "the shorter side is so many times the face; two different numbers need uncached latents.",
+    )
     alpha_color: Color = Field(
         default="white",
-        description="Colour behind transparent pictures: `#rrggbb`, or white, black, gray, red, green, blue, yellow.",
+        description="Colour that is seen through transparent pictures.",
     )
     max_megapixels: PositiveInt = Field(
         default=179,
@@ -390,10 +414,17 @@ class TrainConfig(Section):
         return self
 
 
+def changing_augmentations(data: DataSection) -> list[str]:
+    """Return the names of the augmentations that are on and give other pixels each time, so that none can be cached."""
+    ends = data.face_crop_aug_range
+    names = [name for name in ("flip", "color", "random_crop") if getattr(data, name)]
+    return names + (["face_crop_aug_range"] if ends is not None and ends[0] != ends[1] else [])
+
+
 def contradictions(cfg: TrainConfig) -> list[str]:
     """Return one sentence for each pair of options that cannot both be meant."""
     data, training, network, optimizer = cfg.data, cfg.training, cfg.network, cfg.optimizer
-    augmentations = [name for name in ("flip", "color", "random_crop") if getattr(data, name)]
+    augmentations = changing_augmentations(data)
     bucket_limits = [name for name in ("bucket_min", "bucket_max") if _is_changed(data, name)]
     bucket_options = [*bucket_limits, "bucket_step", "bucket_rule", "bucket_no_upscale"]
     bucket_options = [name for name in bucket_options if _is_changed(data, name)]
@@ -509,7 +540,8 @@ COMMANDS: dict[str, type[Section]] = {"train": TrainConfig, "demo": DemoConfig, 
 
 _Config = TypeVar("_Config", bound=Section)
 _LIMITS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
-_KINDS = {"width,height": "size", "string": "text", "array": "list"}  # others are called as the schema calls them
+_FORMATS = {"width,height": "size", "low,high": "range"}
+_KINDS = {**_FORMATS, "string": "text", "array": "list"}  # others are called as the schema calls them
 _EXPECTED = {
     "boolean": "true or false",
     "integer": "a whole number",
@@ -518,6 +550,8 @@ _EXPECTED = {
     "path": "a path",
     "list": "a list of texts",
     "size": "one side or width,height in pixels, such as 512 or 448,640",
+    "range": "two numbers above 0, the smaller first, such as 2,4",
+    "color": "white, black, gray, red, green, blue, yellow or one like #ff8000",
 }
 
 

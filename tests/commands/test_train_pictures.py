@@ -111,7 +111,7 @@ def test_the_alpha_color_stays_when_a_run_is_resumed(place: Place) -> None:
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors):
         assert main(["train", "--resume", str(output), "--steps", "3", "--alpha-color", "black"]) == 2
-    assert "data.alpha_color was left out, now black" in errors.getvalue()
+    assert "data.alpha_color was white, now black" in errors.getvalue()
 
 
 def test_the_plan_tells_of_what_is_not_plain(place: Place) -> None:
@@ -191,3 +191,56 @@ def test_a_picture_below_the_step_is_named(place: Place) -> None:
 def test_bucket_options_that_cannot_be_meant_are_refused(place: Place, options: list[object], parts: list[str]) -> None:
     message = place.refusal(place.folder(a=noise((300, 300))), *options)
     assert all(part in message for part in parts), message
+
+
+# ---- faces, and what can be cached ---------------------------------------------------------------------------------
+
+
+def with_face(place: Place, *, width: int = 200) -> tuple[Path, Image.Image]:
+    """A folder with a picture whose name tells of a face 32 pixels wide at (150, 40), and that picture."""
+    picture = noise((width, 100))
+    return place.folder(girl_150_40_32_20=picture), picture
+
+
+def test_a_face_crop_of_one_size_is_that_part_and_can_be_cached(place: Place) -> None:
+    folder, picture = with_face(place)
+    part = place.folder(a=picture.crop((118, 8, 182, 72)))  # 64 = 2 faces across: no resizing, the face in the middle
+    options = ["--face-crop-aug-range", "2,2"]
+    expected = place.learned(part)
+    assert same(place.learned(folder, *options), expected) and not same(place.learned(folder), expected)
+    assert same(place.learned(folder, *options, "--no-cache-latents"), place.learned(part, "--no-cache-latents"))
+    plan = place.plan(folder, *options)
+    assert "cropped around a face: 1 of 1" in plan and "cached in memory; face_crop_aug_range works with that" in plan
+
+
+def test_a_face_crop_of_several_sizes_varies_and_is_not_cached(place: Place) -> None:
+    folder, _ = with_face(place)
+    options = ["--face-crop-aug-range", "1,3"]
+    plan = place.plan(folder, *options)
+    assert "encoded anew for every step, since face_crop_aug_range give other pixels each time" in plan
+    assert "cropped around a face, differently each time: 1 of 1" in plan
+    assert not same(place.learned(folder, *options), place.learned(folder, "--no-cache-latents"))
+    assert same(place.learned(folder, *options), place.learned(folder, *options, "--workers", 2))
+    message = place.refusal(folder, *options, "--cache-latents")
+    assert "face_crop_aug_range would change it every time" in message
+
+
+def test_pictures_without_a_face_are_cropped_as_usual_but_one_must_have_one(place: Place) -> None:
+    folder, _ = with_face(place)
+    noise((80, 64), seed=3).save(folder / "other.png")
+    assert "cropped around a face: 1 of 2" in place.plan(folder, "--face-crop-aug-range", "2,2")
+    message = place.refusal(place.folder(a=noise()), "--face-crop-aug-range", "2,2")
+    assert "no picture's name ends with" in message and "name_300_200_64_80.png" in message and "a.png" in message
+
+
+@pytest.mark.parametrize("value", ["2", "4,2", "0,1", "a,b", "1,2,3"])
+def test_a_range_is_two_numbers_in_order(place: Place, value: str) -> None:
+    message = place.refusal(with_face(place)[0], "--face-crop-aug-range", value)
+    assert "--face-crop-aug-range" in message and "two numbers above 0, the smaller first" in message
+
+
+def test_the_plan_says_what_keeps_latents_from_being_cached(place: Place) -> None:
+    folder = place.folder(a=noise())
+    assert "since color and random_crop give other pixels" in place.plan(folder, "--color", "--random-crop")
+    assert "since cache_latents is off" in place.plan(folder, "--no-cache-latents")
+    assert "cached in memory" in place.plan(folder)

@@ -29,6 +29,7 @@ from lorasmith.data import captions
 from lorasmith.data.buckets import Buckets, CropPlan, Size, bucket_crops, cover_and_crop
 from lorasmith.data.captions import CaptionOptions
 from lorasmith.data.dataset import Augmentation, Dataset, Posteriors, plain_pixels, read_ahead
+from lorasmith.data.faces import FaceDraws, crop_around, face_of
 from lorasmith.data.images import set_pixel_limit
 from lorasmith.data.plan import Plan, build_plan
 from lorasmith.data.records import ImageRecord
@@ -143,7 +144,7 @@ def prepare(cfg: TrainConfig, processes: Processes, state: State | None) -> Prep
     records, notes = _records(cfg)
     notes = [*notes, *_cut_notes(cfg, records)]
     resolution = cfg.data.resolution or facts.resolution
-    crops = _crops(cfg, resolution, records)
+    crops, face_notes = _around_faces(cfg.data, records, _crops(cfg, resolution, records))
     plan = build_plan(
         records,
         [crop.shape for crop in crops],
@@ -163,10 +164,12 @@ def prepare(cfg: TrainConfig, processes: Processes, state: State | None) -> Prep
     )
     if state is not None:
         _check_resumable(state, fingerprint, plan, total_steps)
-    augmentations = [cfg.data.flip, cfg.data.color, cfg.data.random_crop]
-    caches_latents = not any(augmentations) if cfg.data.cache_latents is None else cfg.data.cache_latents
+    caches_latents = cfg.data.cache_latents
+    if caches_latents is None:
+        caches_latents = not config.changing_augmentations(cfg.data)
     return Preparation(
-        facts, precision, shapes, rank, alpha, resolution, records, crops, [*notes, *plan.notes], plan, total_steps,
+        facts, precision, shapes, rank, alpha, resolution, records, crops,
+        [*notes, *face_notes, *plan.notes], plan, total_steps,
         _prompts(cfg, records), caches_latents, fingerprint, state,
     )  # fmt: skip
 
@@ -696,6 +699,45 @@ def _cut_notes(cfg: TrainConfig, records: list[ImageRecord]) -> list[str]:
     ]
 
 
+def _around_faces(
+    data: config.DataSection, records: list[ImageRecord], crops: list[CropPlan]
+) -> tuple[list[CropPlan], list[str]]:
+    """Return the crops, those of pictures with a face around it if nothing about that is random, and a note on it."""
+    portions, faces = data.face_crop_aug_range, [face_of(record.path) for record in records]
+    if portions is None:
+        return crops, []
+    count = sum(face is not None for face in faces)
+    if not count:
+        raise UserError(
+            "face_crop_aug_range crops around faces, but no picture's name ends with the middle and size of one in "
+            f"pixels, as in name_300_200_64_80.png (the first is {records[0].path.name}); rename them, or leave it out."
+        )
+    if not _has_still_faces(data):
+        return crops, [f"cropped around a face, differently each time: {count} of {len(records)}"]
+    still = FaceDraws(0.0, (0.0, 0.0), (0.0, 0.0))
+    around = [
+        crop if face is None else crop_around(face, record.size, crop.shape, portions, still)
+        for record, face, crop in zip(records, faces, crops, strict=True)
+    ]
+    return around, [f"cropped around a face: {count} of {len(records)}"]
+
+
+def _has_still_faces(data: config.DataSection) -> bool:
+    """Whether nothing is random about crops around faces, so that they belong to the plan."""
+    ends = data.face_crop_aug_range
+    return ends is not None and ends[0] == ends[1] and not data.random_crop
+
+
+def _latents_line(data: config.DataSection, *, is_cached: bool) -> str:
+    """Say whether latents are cached, and why not; which augmentations work with that."""
+    changing = config.changing_augmentations(data)
+    if is_cached:
+        still = "; face_crop_aug_range works with that, as its two ends are equal" if _has_still_faces(data) else ""
+        return f"cached in memory{still}"
+    reason = f"{' and '.join(changing)} give other pixels each time" if changing else "cache_latents is off"
+    return f"encoded anew for every step, since {reason}"
+
+
 def _prompts(cfg: TrainConfig, records: list[ImageRecord]) -> list[str]:
     """Return the prompts to draw: those given, those of a text file, or captions of the training pictures."""
     samples = cfg.samples
@@ -772,7 +814,9 @@ def _dataset(cfg: TrainConfig, ready: Preparation, model: LatentDiffusion, proce
         latent_factor=model.latent_factor,
         latents=_posteriors(cfg, ready, model, processes) if ready.caches_latents else None,
         caption_options=_caption_options(cfg, ready.total_steps),
-        augmentation=Augmentation(data.flip, data.color, data.random_crop),
+        augmentation=Augmentation(
+            data.flip, data.color, data.random_crop, None if _has_still_faces(data) else data.face_crop_aug_range
+        ),
         prior_loss_weight=data.prior_loss_weight,
         alpha_color=data.alpha_color,
     )
@@ -844,7 +888,7 @@ def _page(cfg: TrainConfig, ready: Preparation, processes: Processes) -> str:
         "captions": caption_lines(training_records)
         + caption_rule_lines(training_records, _caption_options(cfg, ready.total_steps)),
         "shapes": shape_lines(ready.records, ready.crops),
-        "latents": ["cached in memory" if ready.caches_latents else "encoded anew for every step"],
+        "latents": [_latents_line(cfg.data, is_cached=ready.caches_latents)],
         "steps": [
             f"{ready.total_steps} steps = {ready.total_steps / plan.steps_per_epoch:.4g} epochs of "
             f"{plan.num_samples_per_epoch} samples in {plan.steps_per_epoch} steps",
@@ -963,6 +1007,7 @@ def _metadata(cfg: TrainConfig, ready: Preparation, step: int, started_at: float
         "color_aug": data.color,
         "flip_aug": data.flip,
         "random_crop": data.random_crop,
+        "face_crop_aug_range": data.face_crop_aug_range,
         "shuffle_caption": data.shuffle_caption,
         "keep_tokens": data.keep_tokens,
         "caption_dropout_rate": data.caption_dropout,

@@ -23,6 +23,7 @@ from torch import Tensor
 from lorasmith.data import captions
 from lorasmith.data.buckets import CropPlan, Size
 from lorasmith.data.captions import CaptionOptions
+from lorasmith.data.faces import face_of
 from lorasmith.data.images import open_image, prepare
 from lorasmith.data.plan import MicroBatch, Plan, Sample
 from lorasmith.data.records import ImageRecord
@@ -66,6 +67,7 @@ class Augmentation:
     flip: bool = False
     colour: bool = False
     random_crop: bool = False
+    face_portions: tuple[float, float] | None = None
 
 
 class Dataset:
@@ -162,6 +164,8 @@ class Dataset:
             flip=augmentation.flip,
             colour=augmentation.colour,
             random_crop=augmentation.random_crop,
+            face=face_of(record.path) if augmentation.face_portions else None,
+            face_portions=augmentation.face_portions,
         )
 
     def _caption(self, step: int, sample: Sample) -> str:

@@ -25,6 +25,7 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from lorasmith.data.buckets import CropPlan, Size
+from lorasmith.data.faces import Face, FaceDraws, crop_around
 from lorasmith.errors import UserError
 
 # All that Pillow decodes and knows by its first bytes, but for EPS and WMF, which other programs draw. TGA has no such
@@ -375,6 +376,8 @@ def prepare(
     flip: bool = False,
     colour: bool = False,
     random_crop: bool = False,
+    face: Face | None = None,
+    face_portions: tuple[float, float] | None = None,
 ) -> Tensor:
     """Return a picture's pixels (3, H, W), float32 in [-1, 1], resized and cropped as planned.
 
@@ -384,12 +387,17 @@ def prepare(
         flip: mirror left to right in half of the cases.
         colour: in a third of the cases turn the hue or change the gamma weakly.
         random_crop: crop anywhere instead of where the plan says.
+        face, face_portions: if both are given, crop around the face; see `faces.crop_around`.
     """
     across, down, is_flipped = rng.random(), rng.random(), rng.random() < 0.5
     is_coloured, is_hue, amount = rng.random() < _COLOUR_SHARE, rng.random() < 0.5, rng.uniform(-1, 1)
+    face_draws = FaceDraws(rng.random(), (rng.random(), rng.random()), (rng.random(), rng.random()))
+    shape, is_face = crop.shape, face is not None and face_portions is not None
+    if face is not None and face_portions is not None:
+        crop = crop_around(face, image.size, shape, face_portions, face_draws, random_crop=random_crop)
     left, top = crop.crop[:2]
-    (width, height), shape = crop.resize, crop.shape
-    if random_crop:
+    width, height = crop.resize
+    if random_crop and not is_face:
         left, top = int(across * (width - shape[0] + 1)), int(down * (height - shape[1] + 1))
     image = _resize_and_crop(image, crop.resize, (left, top), shape)
     if flip and is_flipped:
