@@ -521,6 +521,9 @@ class CheckConfig(Section):
     caption_extension: str | None = Field(
         default=None, description="Extension of caption files; left out, `.caption` and then `.txt` are looked for."
     )
+    max_token_length: TokenLength = Field(
+        default=75, description="How many tokens of a caption you will train: 75, 150 or 225."
+    )
     every: bool = Field(default=False, alias="all", description="Show every picture of a finding, not three examples.")
     json_file: str | None = Field(
         default=None, alias="json", description="Write the findings to this JSON file, or to the screen with `-`."

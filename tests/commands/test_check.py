@@ -341,6 +341,12 @@ def test_another_caption_extension(check: Check, tmp_path: Path) -> None:
     }
 
 
+def test_longer_captions_when_they_are_trained(check: Check, tmp_path: Path) -> None:
+    write_good(tmp_path / DOG, range(2), "sks dog " + "very " * 80)
+    assert check(tmp_path / DOG).kinds() == {"caption-long"}
+    assert check(tmp_path / DOG, "--max-token-length", "150").json["findings"] == []
+
+
 def test_pictures_that_cannot_be_read_all_of_them(check: Check, tmp_path: Path) -> None:
     put(tmp_path / "photos" / "a.jpg", b"")
     put(tmp_path / "photos" / "b.heic", HEIC)

@@ -115,10 +115,11 @@ def test_the_class_of_another_folder_is_named() -> None:
     }
 
 
-@given(st.integers(1, 150))
-def test_75_tokens_are_not_too_many(number: int) -> None:
-    details = found("caption-long", picture("a", caption="dog " * number))
-    assert details == ({} if number <= 75 else {"a.png": f"{number} tokens, {number - 75} too many"})
+@given(st.integers(1, 300), st.sampled_from([75, 150, 225]))
+def test_as_many_tokens_as_are_trained_are_not_too_many(number: int, most: int) -> None:
+    wishes = replace(WISHES, max_tokens=most)
+    details = found("caption-long", picture("a", caption="dog " * number), wishes=wishes)
+    assert details == ({} if number <= most else {"a.png": f"{number} tokens, {number - most} too many"})
 
 
 # ---- tags ----------------------------------------------------------------------------------------------------------

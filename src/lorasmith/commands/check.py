@@ -57,7 +57,7 @@ def run(cfg: CheckConfig) -> int:
     require_folder(cfg.folder)
     _check_outputs(cfg, cfg.folder)
     facts, looks = examine(cfg.folder, accepted_extensions(cfg.caption_extension), cfg.caption)
-    wishes = Wishes(cfg.resolution, count_tokens, cfg.trigger, cfg.caption)
+    wishes = Wishes(cfg.resolution, count_tokens, cfg.trigger, cfg.caption, cfg.max_token_length)
     findings = find_all(facts, wishes)
     code = max((EXIT_CODES[finding.severity] for finding in findings), default=0)
     told = [] if cfg.json_file == "-" else [page(facts, findings, num_examples=None if cfg.every else _NUM_EXAMPLES)]

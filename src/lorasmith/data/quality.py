@@ -18,7 +18,6 @@ from lorasmith.data.caption_files import CaptionFiles
 Severity = Literal["error", "warning", "hint"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "hint")
 
-MAX_TOKENS = 75  # of CLIP's 77 places, two are the start and the end
 WIDEST = 2.0  # how many times wider or higher than the training shape; a crop then cuts half of the picture away
 BLURRED_BELOW = 20.0  # of `inspection.sharpness`: measured on photographs, blurred by 2 pixels in 512 and sharp
 _IMBALANCE = 3.0
@@ -108,6 +107,7 @@ class Wishes:
     count_tokens: Callable[[Sequence[str]], list[int]]
     trigger: str | None = None
     default_caption: str | None = None
+    max_tokens: int = 75
 
 
 @dataclass(frozen=True)
@@ -487,12 +487,12 @@ def caption_long(facts: Facts, wishes: Wishes) -> Iterable[Finding]:
     yield from _finding(
         "warning",
         "caption-long",
-        f"{{pictures}} with a caption of more than {MAX_TOKENS} tokens (about 50 words); the rest is not seen",
-        "shorten, what matters first",
+        f"{{pictures}} with a caption of more than {wishes.max_tokens} tokens; the rest is not seen",
+        "shorten, what matters first; or train with a larger --max-token-length (75 tokens are about 50 words)",
         [
-            Place(picture.path, f"{length} tokens, {length - MAX_TOKENS} too many")
+            Place(picture.path, f"{length} tokens, {length - wishes.max_tokens} too many")
             for picture, length in zip(captioned, lengths, strict=True)
-            if length > MAX_TOKENS
+            if length > wishes.max_tokens
         ],
     )
 
