@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ from lorasmith.training_state import (
 
 _DEFAULT_STEPS = 1600  # the document's scripts' own
 _NUM_DEFAULT_PROMPTS = 2
+_NUM_REMEMBERED = 1024  # captions that vary have no end, and each costs 0.2 MB for every 75 tokens
 _OF_ONE_START: Any = {"resume": True, "save": {"overwrite"}}  # options that a resumed run does not take over
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _FAMILY_TITLES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x"}
@@ -680,21 +682,22 @@ def _caption_options(cfg: TrainConfig, total_steps: int) -> CaptionOptions:
 def _cut_notes(cfg: TrainConfig, records: list[ImageRecord]) -> list[str]:
     """Name the pictures whose captions are longer than the text encoder is given."""
     data, options = cfg.data, _caption_options(cfg, total_steps=0)
-    texts = {record.path.name: captions.longest(record.caption, options) for record in records}
+    texts = [(record.path.name, captions.longest(record.caption, options)) for record in records]
     with open_checkpoint(cfg.model.base) as checkpoint:
         cut = model_families.cut_captions(
             checkpoint,
-            (text for several in texts.values() for text in several),
+            (text for _, several in texts for text in several),
             max_token_length=data.max_token_length,
             weighted_captions=data.weighted_captions,
         )
-    names = [name for name, several in texts.items() if cut & set(several)]
+    names = [name for name, several in texts if cut & set(several)]
     if not names:
         return []
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     advice = "" if data.max_token_length == 225 else "; a larger --max-token-length (up to 225) would keep more of them"
     return [
-        f"{len(names)} captions are longer than {data.max_token_length} tokens, and their last words are not used: "
+        f"{len(names)} {'caption is' if len(names) == 1 else 'captions are'} longer than {data.max_token_length} "
+        "tokens, and the last words are not used: "
         f"{', '.join(names[:3])}{more}{advice}"
     ]
 
@@ -780,14 +783,15 @@ def _encoder(model: LatentDiffusion, *, is_trained: bool) -> Callable[[list[str]
     """Return what turns captions into conditioning: with gradients if the text encoder is trained, else remembered."""
     if is_trained:
         return model.encode_text
-    remembered: dict[str, Conditioning] = {}
 
+    @lru_cache(maxsize=_NUM_REMEMBERED)
     @torch.no_grad()
+    def encode_one(caption: str) -> Conditioning:  # alone, so that its bits do not depend on its neighbours
+        return model.encode_text([caption])
+
     def encode(captions: list[str]) -> Conditioning:
-        for caption in captions:
-            if caption not in remembered:  # one at a time, so that a caption's bits do not depend on its neighbours
-                remembered[caption] = model.encode_text([caption])
-        return {name: torch.cat([remembered[c][name] for c in captions]) for name in remembered[captions[0]]}
+        encoded = [encode_one(caption) for caption in captions]
+        return {name: torch.cat([one[name] for one in encoded]) for name in encoded[0]}
 
     return encode
 
