@@ -122,7 +122,7 @@ def test_help_shows_the_words_that_need_no_option(words: Spy, capsys: pytest.Cap
 
 _VALUES = {
     "integer": "8", "number": "0.5", "text": "x", "path": "a/b", "list": "x", "size": "448,640", "range": "2,4",
-    "color": "#ff8000",
+    "color": "#ff8000", "max_token_length": "150",
 }  # fmt: skip
 
 
@@ -131,7 +131,8 @@ def test_every_option_can_be_given_in_both_spellings_and_reaches_its_place(
     train: Spy, monkeypatch: pytest.MonkeyPatch, option: config.Option
 ) -> None:
     monkeypatch.setattr(config, "contradictions", lambda cfg: [])
-    words = [] if option.kind == "boolean" else [option.choices[-1] if option.choices else _VALUES[option.kind]]
+    value = option.choices[-1] if option.choices else _VALUES.get(option.name, _VALUES[option.kind])
+    words = [] if option.kind == "boolean" else [value]
     short = given(train, option.flag, *words)
     assert given(train, f"--{'.'.join(option.place)}", *words) == short
     for part in option.place:

@@ -374,7 +374,9 @@ class SampleSection(Section):
     sample_size: Size | None = Field(
         default=None, description="Size of the samples in pixels; left out, the training size."
     )
-    sample_steps: PositiveInt = Field(default=20, description="Sampler steps of the samples.")
+    sample_steps: Annotated[int, Field(ge=1, le=1000)] = Field(
+        default=20, description="Sampler steps of the samples."
+    )
     guidance: Annotated[float, Field(ge=0)] = Field(
         default=7.5, description="Classifier-free guidance scale of the samples."
     )
@@ -495,7 +497,7 @@ class DemoConfig(Section):
     """Train a LoRA on the embedded model and show what it learned."""
 
     output: Place = Field(default=Path("lorasmith-demo"), description="Folder for the demo's results.")
-    steps: PositiveInt = Field(default=450, description="Optimizer steps.")
+    steps: PositiveInt = Field(default=400, description="Optimizer steps.")
     seed: Annotated[int, Field(ge=0)] = Field(
         default=42, description="Everything random in the demo follows from this number."
     )
