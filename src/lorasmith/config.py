@@ -374,9 +374,7 @@ class SampleSection(Section):
     sample_size: Size | None = Field(
         default=None, description="Size of the samples in pixels; left out, the training size."
     )
-    sample_steps: Annotated[int, Field(ge=1, le=1000)] = Field(
-        default=20, description="Sampler steps of the samples."
-    )
+    sample_steps: Annotated[int, Field(ge=1, le=1000)] = Field(default=20, description="Sampler steps of the samples.")
     guidance: Annotated[float, Field(ge=0)] = Field(
         default=7.5, description="Classifier-free guidance scale of the samples."
     )
