@@ -192,6 +192,7 @@ def test_a_mistake_of_the_command_line_is_not_blamed_on_the_file(tmp_path: Path)
             "[data]\nflip = true\ncolor\n",
             "run.toml, line 3: this is not TOML: Expected '=' after a key in a key/value pair.",
         ),
+        ("[data]\nimages = photos\n", "run.toml, line 2: this is not TOML: Invalid value; a text stands in quotes."),
         ('[data]\nimages = "a', "run.toml, line 2: this is not TOML: Unterminated string."),
         (
             '[data]\nimages = "C:\\photos"\n',

@@ -4,11 +4,12 @@ import io
 import re
 from collections.abc import Iterator
 
+import psutil
 import pytest
 import torch
 
 from lorasmith import progress
-from lorasmith.progress import Progress, memory_name, memory_used
+from lorasmith.progress import Progress, memory_free, memory_name, memory_used
 
 CPU = torch.device("cpu")
 
@@ -114,3 +115,7 @@ def test_memory_is_that_of_this_process() -> None:
     held = torch.ones(2**26, dtype=torch.uint8)
     assert memory_used(CPU) - before >= 0.9 * held.numel()
     assert (memory_name(CPU), memory_name(torch.device("cuda"))) == ("ram", "gpu")
+
+
+def test_free_memory_is_part_of_what_the_machine_has() -> None:
+    assert 0 < memory_free(CPU) <= psutil.virtual_memory().total

@@ -432,6 +432,9 @@ def contradictions(cfg: TrainConfig) -> list[str]:
         "steps and epochs are both given; give one of them": training.steps and training.epochs,
         f"cache_latents keeps each picture as it is, but {' and '.join(augmentations)} would change it every time; "
         "leave out one or the other": data.cache_latents and augmentations,
+        "prompts are given, but nothing draws them: before_after is off, and sample_every_steps and "
+        "sample_every_epochs are left out; give one of these, or leave out prompts": cfg.samples.prompts
+        and not (cfg.samples.before_after or cfg.samples.sample_every_steps or cfg.samples.sample_every_epochs),
         "text_encoder_lr is given, but train = unet leaves the text encoder alone; leave out one of them": (
             optimizer.text_encoder_lr and network.train == "unet"
         ),
@@ -703,6 +706,8 @@ def _parse(path: Path, text: str) -> dict[str, Any]:
         if found := re.search(r" \(at line (\d+), column \d+\)| \(at end of document\)", message):
             message, line = message[: found.start()], int(found[1] or line)
         hint = "; write Windows paths with / or in 'single quotes'" if "\\" in text.splitlines()[line - 1] else ""
+        if message == "Invalid value":
+            hint = f"; a text stands in quotes{hint}"
         raise UserError(f"{path}, line {line}: this is not TOML: {message}{hint}.") from error
 
 

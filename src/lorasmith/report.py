@@ -95,6 +95,7 @@ def _draw_losses(path: Path, losses: Sequence[tuple[int, float]]) -> None:
     steps, values = [step for step, _ in losses], [loss for _, loss in losses]
     axes.plot(steps, values, color="#c9c9c0", linewidth=0.7, label="each step")
     axes.plot(steps, smooth(values), color="#2f6f6f", linewidth=1.8, label="smoothed")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
     axes.legend(frameon=False)

@@ -460,6 +460,10 @@ def test_weights_with_nan(place: Path, tmp_path: Path, refused: Refused) -> None
         (["--steps", "5", "--epochs", "2"], ["steps and epochs are both given", "give one"]),
         (["--train", "text_encoder", "--unet-lr", "0.1"], ["unet_lr is given, but train = text_encoder", "leave out"]),
         (["--train", "unet", "--text-encoder-lr", "0.1"], ["text_encoder_lr is given, but train = unet"]),
+        (
+            ["--prompts", "a cat", "--no-before-after"],
+            ["prompts are given, but nothing draws them", "sample_every_steps"],
+        ),
         (["--cache-latents", "--color"], ["cache_latents keeps each picture as it is, but color", "leave out"]),
         (["--cache-latents", "--flip", "--random-crop"], ["but flip and random_crop"]),
         (["--buckets", "--bucket-min", "512", "--bucket-max", "256"], ["bucket_min = 512", "swap them"]),

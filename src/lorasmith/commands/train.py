@@ -48,7 +48,7 @@ from lorasmith.optimizers.base import builder
 from lorasmith.output_folder import RUN_FILE, OutputFolder, check_free, move_aside
 from lorasmith.plan_page import caption_lines, caption_rule_lines, memory_line, plan_page, shape_lines
 from lorasmith.processes import Processes
-from lorasmith.progress import Progress
+from lorasmith.progress import Progress, memory_free
 from lorasmith.report import ReportContents, write_report
 from lorasmith.resume import merge_options
 from lorasmith.samples_folder import SamplesFolder
@@ -908,7 +908,9 @@ def _page(cfg: TrainConfig, ready: Preparation, processes: Processes) -> str:
             + f", {optimizer.optimizer}, {optimizer.lr_schedule} after {optimizer.lr_warmup_steps} steps of warm-up"
         ],
         "memory": [
-            f"{ready.precision} on {processes.device}; {memory_line(_memory(cfg, ready, num_values, processes.device))}"
+            f"{ready.precision} on {processes.device}; "
+            f"{memory_line(_memory(cfg, ready, num_values, processes.device))}; "
+            f"{memory_free(processes.device) / 2**30:.1f} GiB are free"
         ],
         "output": [f"{_folder(cfg).last()}{f' (going on from step {ready.state.facts.step})' if ready.state else ''}"],
         "samples": [f'"{prompt}"' for prompt in ready.prompts] or ["none"],
