@@ -53,7 +53,7 @@ def test_nothing_that_is_scored_was_drawn_as_regularization(tmp_path: Path, monk
     monkeypatch.setattr(
         demo, "draw", lambda _, prompts, *rest, **options: [demo.Image.new("RGB", (8, 8))] * len(prompts)
     )
-    demo.write_regularization(tmp_path, 0)
+    demo.write_regularization(demo.load_base(), tmp_path, 0)
     captions = {path.read_text(encoding="utf-8").strip() for path in tmp_path.glob("*/*.txt")}
     assert len(captions) == 96
     assert not captions & {wish.prompt for wish in demo.wishes(range(900))}

@@ -78,12 +78,13 @@ def run(cfg: DemoConfig) -> int:
     prompts = [*MASCOT_PROMPTS, *(wish.prompt for wish in others)]
 
     print(f"1/4  The base model draws {len(prompts)} pictures; it does not know what a robot is.", flush=True)
-    before = draw(load_base(), prompts, cfg.seed, "before")
+    model = load_base()
+    before = draw(model, prompts, cfg.seed, "before")
     print(
         f"2/4  The base model draws {len(_REGULARIZATION)} regularization pictures, which keep what it knows.",
         flush=True,
     )
-    write_regularization(folder / "regularization", cfg.seed)
+    write_regularization(model, folder / "regularization", cfg.seed)
     print(f"3/4  A LoRA learns the robot from {len(list(PICTURES.glob('*/*.png')))} pictures:", flush=True)
     command = train_command(folder, cfg)
     print("\n  lorasmith " + _in_lines(command) + "\n", flush=True)
@@ -91,7 +92,6 @@ def run(cfg: DemoConfig) -> int:
         return code
     print("\n4/4  The same prompts with the LoRA.", flush=True)
     lora = folder / "lora" / "last.safetensors"
-    model = load_base()
     attach(model, lora)
     after = draw(model, prompts, cfg.seed, "after")
     picture = folder / "before-after.png"
@@ -151,13 +151,13 @@ def draw(
         )
 
 
-def write_regularization(folder: Path, seed: int) -> None:
+def write_regularization(model: LatentDiffusion, folder: Path, seed: int) -> None:
     """Have the base model draw what it knows, each picture with its prompt as the caption (prior preservation)."""
     own = folder / "1_thing"
     own.mkdir(parents=True)
     known = [wish.prompt for wish in wishes(_REGULARIZATION)]
     for i, (prompt, picture) in enumerate(
-        zip(known, draw(load_base(), known, seed + 1000, "regularization", steps=12), strict=True)
+        zip(known, draw(model, known, seed + 1000, "regularization", steps=12), strict=True)
     ):
         picture.save(own / f"{i:02d}.png")
         (own / f"{i:02d}.txt").write_text(prompt + "\n", encoding="utf-8")
