@@ -12,7 +12,7 @@ help: ## say what there is to make
 $(STAMP): pyproject.toml constraints.txt
 	@echo 'setting up .venv: about 2 GB, some minutes, only once'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,clients,jxl]' --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,clients,datasets,jxl,tag]' --constraint constraints.txt
 	touch $(STAMP)
 
 demo: $(STAMP) ## train on the embedded model and show what it learned, in minutes
