@@ -27,6 +27,7 @@ from lorasmith.data.buckets import cover_and_crop
 from lorasmith.data.dataset import Dataset, Posteriors, plain_pixels
 from lorasmith.data.plan import build_plan
 from lorasmith.data.records import ImageRecord
+from lorasmith.data.subsets import Subset
 from lorasmith.memory import set_attention
 from lorasmith.network import Network, Rule
 from lorasmith.optimizers import adamw
@@ -56,12 +57,17 @@ def make_dataset(task: Task, model: Any, encode: Callable[[int], Any] | None) ->
     records, shape = task.records(), (task.resolution, task.resolution)
     crops = [cover_and_crop(record.size, shape) for record in records]
     plan = build_plan(
-        records, [shape] * len(records), batch_size=task.batch_size, num_processes=1, gradient_accumulation=1, seed=42
+        records,
+        [shape] * len(records),
+        batch_sizes=[task.batch_size],
+        num_processes=1,
+        gradient_accumulation=1,
+        seed=42,
     )
-    latents: Posteriors | None = None
+    latents: Posteriors = {}
     if encode is not None:
-        latents = {(number, shape): encode(number) for number in range(len(records))}
-    return Dataset(plan, records, crops, seed=42, sample_t=model.schedule.sample_t, latents=latents)
+        latents = {(number, False): encode(number) for number in range(len(records))}
+    return Dataset(plan, records, crops, [Subset()], seed=42, sample_t=model.schedule.sample_t, latents=latents)
 
 
 def make_step(task: Task, is_cached: bool) -> Step:
@@ -98,7 +104,7 @@ def encoder(task: Task, model: Any) -> Callable[[int], Any]:
 
     def encode(number: int) -> Any:
         crop = cover_and_crop(records[number].size, (task.resolution, task.resolution))
-        mean, std = model.encode_image(plain_pixels(records[number], crop)[None])
+        mean, std = model.encode_image(plain_pixels(records[number], crop, Subset())[None])
         return mean[0], std[0]
 
     return encode

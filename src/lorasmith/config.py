@@ -185,6 +185,7 @@ class DataSection(Section):
     captions: Place | None = Field(
         default=None, description="Metadata JSON with captions and tags per picture (the fine-tuning method)."
     )
+    recursive: bool = Field(default=False, description="Use the pictures of folders in folders too.")
     caption: str | None = Field(default=None, description="Caption for pictures that have none of their own.")
     caption_extension: str | None = Field(
         default=None, description="Extension of caption files; left out, `.caption` and then `.txt` are looked for."
@@ -259,7 +260,9 @@ class DataSection(Section):
         description="Never enlarge a picture: buckets come from the pictures' own sizes, whatever bucket_min and "
         "bucket_max.",
     )
-    flip: bool = Field(default=False, description="Mirror half of the samples left to right; needs uncached latents.")
+    flip: bool = Field(
+        default=False, description="Mirror half of the samples left to right; cached latents take twice the room then."
+    )
     color: bool = Field(default=False, description="Vary hue and gamma weakly; needs uncached latents.")
     random_crop: bool = Field(
         default=False, description="Crop at a random place instead of the centre; needs uncached latents."
@@ -417,7 +420,7 @@ class TrainConfig(Section):
 def changing_augmentations(data: DataSection) -> list[str]:
     """Return the names of the augmentations that are on and give other pixels each time, so that none can be cached."""
     ends = data.face_crop_aug_range
-    names = [name for name in ("flip", "color", "random_crop") if getattr(data, name)]
+    names = [name for name in ("color", "random_crop") if getattr(data, name)]
     return names + (["face_crop_aug_range"] if ends is not None and ends[0] != ends[1] else [])
 
 

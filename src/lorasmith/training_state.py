@@ -31,13 +31,13 @@ class StateFacts:
     """What a state says of its run.
 
     step: optimizer steps done. data_fingerprint: see `data_fingerprint`. started_at: Unix time of the first start.
-    unit_size: pictures that all processes worked on at once.
+    unit_sizes: pictures that all processes worked on at once, of each data set.
     """
 
     step: int
     data_fingerprint: str
     started_at: float
-    unit_size: int
+    unit_sizes: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def load_state(folder: Path) -> State:
         stored = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
         stored_hashes = stored.pop("sha256")
         hashes = {name: stored_hashes[name] for name in (NETWORK_FILE, _OPTIMIZER)}
-        facts = StateFacts(**stored)
+        facts = StateFacts(**{**stored, "unit_sizes": tuple(stored["unit_sizes"])})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(folder / _FACTS) from error
     for name, expected in hashes.items():

@@ -1,5 +1,6 @@
 """Caption files: which file belongs to a picture, its first line, and every mistake named."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ def caption_of(picture: Path, given: str | None = None) -> str | None:
     return found.first_lines.get(picture)
 
 
-def captions(records: list[ImageRecord]) -> dict[str, str]:
+def captions(records: Sequence[ImageRecord]) -> dict[str, str]:
     return {record.path.name: record.caption for record in records}
 
 
@@ -95,3 +96,14 @@ def test_all_kinds_of_mistakes_are_said_at_once(picture: MakePicture) -> None:
     folder = picture("c.png").parent
     with pytest.raises(UserError, match=r"(?s)not UTF-8.*a\.txt.*empty first line.*b\.txt.*no caption.*c\.png"):
         scan(folder)
+
+
+def test_pictures_cut_around_a_face_share_the_caption_of_their_picture(picture: MakePicture) -> None:
+    path = picture("photo_300_200_64_80.png")
+    assert caption_of(path) is None
+    (path.parent / "photo.txt").write_text("a woman", encoding="utf-8")
+    assert caption_of(path) == "a woman"
+    (path.parent / "photo_300_200_64_80.txt").write_text("a face", encoding="utf-8")
+    assert caption_of(path) == "a face"
+    other = picture("photo_a_b_c_d.png")  # no face: four words
+    assert caption_of(other) is None

@@ -4,7 +4,7 @@ import itertools
 import random
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -13,11 +13,14 @@ from PIL import Image
 from torch import Tensor
 
 from lorasmith.data.buckets import CropPlan, cover_and_crop
-from lorasmith.data.dataset import Augmentation, Batch, CaptionOptions, Dataset, plain_pixels, read_ahead
-from lorasmith.data.images import open_image, prepare
+from lorasmith.data.captions import CaptionOptions
+from lorasmith.data.dataset import Batch, Dataset, plain_pixels, read_ahead
+from lorasmith.data.images import Draws, open_image, prepare
 from lorasmith.data.plan import Plan, build_plan
 from lorasmith.data.records import ImageRecord
+from lorasmith.data.subsets import Augmentation, Subset
 from lorasmith.errors import UserError
+from lorasmith.seeds import derive
 
 from .conftest import MakePicture
 
@@ -50,20 +53,22 @@ class Data:
         return build_plan(
             self.records,
             [crop.shape for crop in self.crops],
-            batch_size=batch_size,
+            batch_sizes=[batch_size],
             num_processes=num_processes,
             gradient_accumulation=accumulation,
             seed=seed,
         )
 
-    def posteriors(self) -> dict[tuple[int, tuple[int, int]], tuple[Tensor, Tensor]]:
+    def posteriors(self) -> dict[tuple[int, bool], tuple[Tensor, Tensor]]:
         rng = torch.Generator().manual_seed(0)
 
         def random_latent(shape: tuple[int, int]) -> Tensor:
             return torch.rand((4, shape[1] // 8, shape[0] // 8), generator=rng)
 
         return {
-            (i, crop.shape): (random_latent(crop.shape), random_latent(crop.shape)) for i, crop in enumerate(self.crops)
+            (i, is_mirrored): (random_latent(crop.shape), random_latent(crop.shape))
+            for i, crop in enumerate(self.crops)
+            for is_mirrored in (False, True)
         }
 
     def dataset(
@@ -73,11 +78,10 @@ class Data:
             plan or self.plan(seed=seed),
             self.records,
             self.crops,
+            [Subset(captions=VARIED, augmentation=Augmentation(flip=True) if is_cached else AUGMENTED)],
             seed=seed,
             sample_t=sample_t,
-            latents=self.posteriors() if is_cached else None,
-            caption_options=VARIED,
-            augmentation=Augmentation() if is_cached else AUGMENTED,
+            latents=self.posteriors() if is_cached else {},
             prior_loss_weight=weight,
         )
 
@@ -184,12 +188,69 @@ def test_noise_is_standard_normal(data: Data) -> None:
 
 def test_cached_posteriors_are_drawn_anew_each_time(data: Data) -> None:
     posteriors, plan, dataset = data.posteriors(), data.plan(), data.dataset(is_cached=True)
+    seen = set()
     for step in range(10):
         for batch, micro_batch in zip(dataset.batch(step, 0), plan.step(step, 0), strict=True):
             assert batch.pixels is None and batch.latents is not None
             for i, sample in enumerate(micro_batch.samples):
-                mean, std = posteriors[sample.record, micro_batch.shape]
+                is_mirrored = Draws.of(random.Random(derive(3, "picture", step, sample.index))).is_mirrored
+                mean, std = posteriors[sample.record, is_mirrored]
                 assert torch.allclose((batch.latents[i] - mean) / std, batch.posterior_noise[i], atol=1e-3)
+                seen.add(is_mirrored)
+    assert seen == {False, True}
+
+
+def test_a_mirrored_picture_has_mirrored_latents_at_the_same_steps(data: Data) -> None:
+    """The oracle is a VAE that keeps every eighth pixel: its latents can be told from the pixels of the other way."""
+    data.crops = [cover_and_crop(size, (64, 64)) for size in SIZES]
+    plan, subsets = data.plan(), [Subset(augmentation=Augmentation(flip=True))]
+
+    def encoded(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        mean = pixels[:, ::8, ::8]
+        return torch.cat([mean, mean[:1]]), torch.zeros(4, 8, 8)
+
+    latents = {}
+    for i, (record, crop) in enumerate(zip(data.records, data.crops, strict=True)):
+        pixels = plain_pixels(record, crop, subsets[0])
+        latents[i, False], latents[i, True] = encoded(pixels), encoded(pixels.flip(-1))
+    cached = Dataset(plan, data.records, data.crops, subsets, seed=3, sample_t=sample_t, latents=latents)
+    uncached = Dataset(plan, data.records, data.crops, subsets, seed=3, sample_t=sample_t)
+    for ours, theirs in zip(all_batches(cached, 12), all_batches(uncached, 12), strict=True):
+        assert ours.latents is not None and theirs.pixels is not None
+        assert torch.equal(ours.latents, torch.stack([encoded(pixels)[0] for pixels in theirs.pixels]))
+
+
+def test_every_subset_has_rules_of_its_own(data: Data) -> None:
+    records = [replace(record, subset=i % 2) for i, record in enumerate(data.records)]
+    subsets = [Subset(), Subset(captions=CaptionOptions(prefix="painted"), augmentation=Augmentation(colour=True))]
+    plan = data.plan()
+    dataset = Dataset(plan, records, data.crops, subsets, seed=3, sample_t=sample_t)
+    is_changed = {0: False, 1: False}
+    for step in range(24):
+        for batch, micro_batch in zip(dataset.batch(step, 0), plan.step(step, 0), strict=True):
+            assert batch.pixels is not None
+            for pixels, caption, sample in zip(batch.pixels, batch.captions, micro_batch.samples, strict=True):
+                record = records[sample.record]
+                assert caption == ("painted " * record.subset + record.caption)
+                plain = plain_pixels(record, data.crops[sample.record], subsets[0])
+                is_changed[record.subset] |= not torch.equal(pixels, plain)
+    assert is_changed == {0: False, 1: True}
+
+
+class InMemory:
+    """Bytes of a picture that has no file."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+
+    def read(self) -> bytes:
+        return self.content
+
+
+def test_a_picture_without_a_file_is_read_from_where_it_is(data: Data) -> None:
+    record, crop = data.records[0], data.crops[0]
+    elsewhere = replace(record, path=Path("archive.tar/0.png"), data=InMemory(record.path.read_bytes()))
+    assert torch.equal(plain_pixels(elsewhere, crop, Subset()), plain_pixels(record, crop, Subset()))
 
 
 def test_caching_changes_neither_noise_nor_timesteps_nor_captions(data: Data) -> None:
@@ -212,20 +273,20 @@ def test_captions_vary_and_pictures_are_augmented(data: Data) -> None:
                 assert caption == "" or sorted(caption.split(", ")) == sorted(record.caption.split(", "))
                 assert caption == "" or caption.startswith(f"id{sample.record}, ")
                 seen.add(caption)
-                is_changed.append(not torch.equal(pixels, plain_pixels(record, data.crops[sample.record])))
+                is_changed.append(not torch.equal(pixels, plain_pixels(record, data.crops[sample.record], Subset())))
     assert "" in seen and len(seen) > 20
     assert 0.4 < sum(is_changed) / len(is_changed) < 1
 
 
 def test_without_options_pictures_and_captions_are_as_they_are(data: Data) -> None:
     plan = data.plan()
-    dataset = Dataset(plan, data.records, data.crops, seed=3, sample_t=sample_t)
+    dataset = Dataset(plan, data.records, data.crops, [Subset()], seed=3, sample_t=sample_t)
     for batch, micro_batch in zip(dataset.batch(0, 0), plan.step(0, 0), strict=True):
         assert batch.pixels is not None
         for pixels, caption, sample in zip(batch.pixels, batch.captions, micro_batch.samples, strict=True):
             record, crop = data.records[sample.record], data.crops[sample.record]
             assert caption == record.caption
-            assert torch.equal(pixels, prepare(open_image(record.path), crop, rng=random.Random(1)))
+            assert torch.equal(pixels, prepare(open_image(record.path), crop, draws=Draws.of(random.Random(1))))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

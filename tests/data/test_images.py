@@ -18,6 +18,7 @@ from PIL import Image, ImageCms
 
 from lorasmith.data.buckets import cover_and_crop
 from lorasmith.data.images import (
+    Draws,
     UnreadablePicture,
     advice_for_foreign,
     extensions,
@@ -592,7 +593,7 @@ def test_hidden_files_folders_and_other_files_are_no_pictures(tmp_path: Path) ->
 def test_prepared_as_resizing_and_then_cropping_would(size: Size, shape: Size) -> None:
     image, plan = smooth(size), cover_and_crop(size, shape)
     expected = np.asarray(image.resize(plan.resize, Image.Resampling.LANCZOS).crop(plan.crop), dtype=np.float32)
-    pixels = prepare(image, plan, rng=random.Random(0))
+    pixels = prepare(image, plan, draws=Draws.of(random.Random(0)))
     assert pixels.shape == (3, shape[1], shape[0]) and pixels.dtype.is_floating_point
     ours = (pixels.numpy().transpose(1, 2, 0) + 1) * 127.5
     # Pillow rounds to 8 bit between its two passes, at other places when it is given the crop
@@ -601,20 +602,20 @@ def test_prepared_as_resizing_and_then_cropping_would(size: Size, shape: Size) -
 
 def test_pixels_span_minus_one_to_one() -> None:
     image = Image.fromarray(np.array([[[0, 128, 255]] * 8] * 8, dtype=np.uint8))
-    pixels = prepare(image, cover_and_crop((8, 8), (8, 8)), rng=random.Random(0))
+    pixels = prepare(image, cover_and_crop((8, 8), (8, 8)), draws=Draws.of(random.Random(0)))
     assert pixels[:, 3, 3].tolist() == pytest.approx([-1, 128 / 127.5 - 1, 1], abs=1e-6)
 
 
 def test_a_very_long_picture_needs_no_memory_for_what_is_cropped_away() -> None:
     plan = cover_and_crop((60000, 1), (64, 64))
     assert plan.resize == (3840000, 64)
-    assert prepare(Image.new("RGB", (60000, 1), "red"), plan, rng=random.Random(0)).shape == (3, 64, 64)
+    assert prepare(Image.new("RGB", (60000, 1), "red"), plan, draws=Draws.of(random.Random(0))).shape == (3, 64, 64)
 
 
 def test_flip_mirrors_half_of_the_samples() -> None:
     image, plan = smooth((16, 16)), cover_and_crop((16, 16), (16, 16))
-    plain = prepare(image, plan, rng=random.Random(0))
-    flipped = [prepare(image, plan, rng=random.Random(seed), flip=True) for seed in range(200)]
+    plain = prepare(image, plan, draws=Draws.of(random.Random(0)))
+    flipped = [prepare(image, plan, draws=Draws.of(random.Random(seed)), flip=True) for seed in range(200)]
     is_mirrored = [bool((pixels == plain.flip(2)).all()) for pixels in flipped]
     assert all(mirrored or (pixels == plain).all() for mirrored, pixels in zip(is_mirrored, flipped, strict=True))
     assert 70 < sum(is_mirrored) < 130
@@ -625,7 +626,7 @@ def test_random_crop_reaches_both_ends_and_shows_a_true_part() -> None:
     whole = np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1
     lefts = set()
     for seed in range(300):
-        part = prepare(image, plan, rng=random.Random(seed), random_crop=True).numpy()
+        part = prepare(image, plan, draws=Draws.of(random.Random(seed)), random_crop=True).numpy()
         matches = [left for left in range(49) if np.allclose(whole[:, :, left : left + 16], part, atol=1e-5)]
         assert len(matches) == 1
         lefts |= set(matches)
@@ -635,8 +636,8 @@ def test_random_crop_reaches_both_ends_and_shows_a_true_part() -> None:
 def test_one_augmentation_does_not_change_another() -> None:
     image, plan = smooth((64, 16)), cover_and_crop((64, 16), (16, 16))
     for seed in range(20):
-        cropped = prepare(image, plan, rng=random.Random(seed), random_crop=True)
-        both = prepare(image, plan, rng=random.Random(seed), random_crop=True, flip=True)
+        cropped = prepare(image, plan, draws=Draws.of(random.Random(seed)), random_crop=True)
+        both = prepare(image, plan, draws=Draws.of(random.Random(seed)), random_crop=True, flip=True)
         assert (both == cropped).all() or (both == cropped.flip(2)).all()
 
 
@@ -650,8 +651,8 @@ brightness_weights = np.array([[1 / 3, 1 / 3, 1 / 3], [0.299, 0.587, 0.114]])
 )
 def test_colour_changes_no_pictures_mean_brightness_by_two_percent(values: np.ndarray, seed: int) -> None:
     image, plan = Image.fromarray(values), cover_and_crop((8, 8), (8, 8))
-    plain = (prepare(image, plan, rng=random.Random(0)).double().numpy() + 1) / 2
-    coloured = (prepare(image, plan, rng=random.Random(seed), colour=True).double().numpy() + 1) / 2
+    plain = (prepare(image, plan, draws=Draws.of(random.Random(0))).double().numpy() + 1) / 2
+    coloured = (prepare(image, plan, draws=Draws.of(random.Random(seed)), colour=True).double().numpy() + 1) / 2
     before, after = (brightness_weights @ pixels.mean(axis=(1, 2)) for pixels in (plain, coloured))
     assert (np.abs(after - before) <= 0.02 * before + 1e-6).all()
     assert coloured.min() >= -1e-6 and coloured.max() <= 1 + 1e-6
@@ -659,9 +660,9 @@ def test_colour_changes_no_pictures_mean_brightness_by_two_percent(values: np.nd
 
 def test_colour_changes_a_third_of_the_samples_visibly_but_weakly() -> None:
     image, plan = smooth((32, 32)), cover_and_crop((32, 32), (32, 32))
-    plain = prepare(image, plan, rng=random.Random(0))
+    plain = prepare(image, plan, draws=Draws.of(random.Random(0)))
     changes = [
-        float((prepare(image, plan, rng=random.Random(seed), colour=True) - plain).abs().max()) / 2
+        float((prepare(image, plan, draws=Draws.of(random.Random(seed)), colour=True) - plain).abs().max()) / 2
         for seed in range(300)
     ]
     changed = [change for change in changes if change > 0]
@@ -673,5 +674,5 @@ def test_white_stays_white_and_black_stays_black() -> None:
     plan = cover_and_crop((8, 8), (8, 8))
     for colour, value in (("white", 1.0), ("black", -1.0)):
         for seed in range(50):
-            pixels = prepare(Image.new("RGB", (8, 8), colour), plan, rng=random.Random(seed), colour=True)
+            pixels = prepare(Image.new("RGB", (8, 8), colour), plan, draws=Draws.of(random.Random(seed)), colour=True)
             assert float((pixels - value).abs().max()) < 1e-5

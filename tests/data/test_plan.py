@@ -23,16 +23,26 @@ def make_records(repeats: Sequence[int], prior_repeats: Sequence[int] = ()) -> l
 
 
 @st.composite
-def plans(draw: st.DrawFn, num_processes: int | None = None) -> Plan:
-    records = make_records(
-        draw(st.lists(st.integers(1, 4), min_size=1, max_size=8)), draw(st.lists(st.integers(1, 4), max_size=5))
-    )
+def plans(draw: st.DrawFn, num_processes: int | None = None, *, has_shards: bool | None = None) -> Plan:
+    """Plans of one or two data sets, some of whose pictures may lie in shards."""
+    num_processes = num_processes or draw(st.integers(1, 3))
+    datasets = [
+        make_records(
+            draw(st.lists(st.integers(1, 4), min_size=1, max_size=8)), draw(st.lists(st.integers(1, 4), max_size=5))
+        )
+        for _ in range(draw(st.integers(1, 2)))
+    ]
+    records = [replace(record, dataset=number) for number, dataset in enumerate(datasets) for record in dataset]
+    if draw(st.booleans()) if has_shards is None else has_shards:
+        shards = st.none() | st.integers(0, 4)
+        records = [replace(record, shard=draw(shards)) for record in records]
+        records.append(ImageRecord(Path("for-all.png"), "", (64, 64), 1))  # so that no process is without any
     shapes = draw(st.lists(st.sampled_from(SHAPES), min_size=len(records), max_size=len(records)))
     return build_plan(
         records,
         shapes,
-        batch_size=draw(st.integers(1, 4)),
-        num_processes=num_processes or draw(st.integers(1, 3)),
+        batch_sizes=[draw(st.integers(1, 4)) for _ in datasets],
+        num_processes=num_processes,
         gradient_accumulation=draw(st.integers(1, 3)),
         seed=draw(st.integers(0, 2**40)),
     )
@@ -66,9 +76,10 @@ def test_a_unit_has_one_shape_and_every_process_the_same_number_of_units(plan: P
     assert len({len(batches) for batches in processes}) == 1
     assert 1 <= len(processes[0]) <= plan.gradient_accumulation
     for unit in zip(*processes, strict=True):
-        assert len({micro_batch.shape for micro_batch in unit}) == 1
+        real = [sample.record for sample in real_samples(unit)]
+        assert len({(plan.shapes[record], plan.datasets[record]) for record in real}) == 1
         for micro_batch in unit:
-            assert 1 <= len(micro_batch.samples) <= plan.batch_size
+            assert 1 <= len(micro_batch.samples) <= plan.batch_sizes[plan.datasets[real[0]]]
             assert {plan.shapes[sample.record] for sample in micro_batch.samples} == {micro_batch.shape}
             assert micro_batch.is_padding in ((False,) * len(micro_batch.samples), (True,))
 
@@ -77,17 +88,39 @@ def test_a_unit_has_one_shape_and_every_process_the_same_number_of_units(plan: P
 def test_indexes_in_a_step_are_distinct_and_its_samples_are_counted(plan: Plan, step: int) -> None:
     indexes = [sample.index for sample in all_real(plan, step)]
     assert len(set(indexes)) == len(indexes) == plan.num_samples(step)
-    assert all(0 <= index < plan.unit_size * plan.gradient_accumulation for index in indexes)
+    assert all(0 <= index < max(plan.unit_sizes) * plan.gradient_accumulation for index in indexes)
 
 
-@given(plans(num_processes=1), st.integers(2, 3), st.integers(0, 40))
+@given(plans(has_shards=True), st.integers(0, 40))
+def test_a_shard_is_read_by_one_process(plan: Plan, step: int) -> None:
+    for process, batches in enumerate(of_all_processes(plan, step)):
+        for sample in (sample for micro_batch in batches for sample in micro_batch.samples):
+            shard = plan.shards[sample.record]
+            assert shard is None or shard % plan.num_processes == process
+            assert plan.reads(sample.record, process)
+
+
+def test_a_process_without_a_shard_is_an_error() -> None:
+    records = [ImageRecord(Path(f"{i}.png"), "", (64, 64), shard=i % 2) for i in range(4)]
+    with pytest.raises(UserError, match="3 processes share 2 shards, so process 2 has none to read; start fewer"):
+        build_plan(records, [SHAPES[0]] * 4, batch_sizes=[1], num_processes=3, gradient_accumulation=1, seed=0)
+
+
+def test_regularization_alone_in_its_data_set_is_an_error() -> None:
+    records = make_records([1], [1])
+    records[1] = replace(records[1], dataset=1)
+    with pytest.raises(UserError, match="data set 2 holds 1 regularization pictures and none to train on"):
+        balanced_repeats(records)
+
+
+@given(plans(num_processes=1, has_shards=False), st.integers(2, 3), st.integers(0, 40))
 def test_n_processes_of_batch_1_are_one_of_batch_n(plan: Plan, n: int, step: int) -> None:
     common = {"gradient_accumulation": plan.gradient_accumulation, "seed": plan.seed}
-    records = make_records(plan.repeats)
-    records = [record for record in records if record.repeats]
-    shapes = [shape for shape, repeats in zip(plan.shapes, plan.repeats, strict=True) if repeats]
-    one = build_plan(records, shapes, batch_size=n, num_processes=1, **common)
-    many = build_plan(records, shapes, batch_size=1, num_processes=n, **common)
+    used = [i for i, repeats in enumerate(plan.repeats) if repeats]
+    records = [ImageRecord(Path(f"{i}.png"), "", (64, 64), plan.repeats[i], dataset=plan.datasets[i]) for i in used]
+    shapes = [plan.shapes[i] for i in used]
+    one = build_plan(records, shapes, batch_sizes=[n, 2 * n], num_processes=1, **common)
+    many = build_plan(records, shapes, batch_sizes=[1, 2], num_processes=n, **common)
     assert (one.steps_per_epoch, one.units_per_epoch) == (many.steps_per_epoch, many.units_per_epoch)
     # the same samples, with the same indexes, in the same units
     for number, whole in enumerate(one.step(step, 0)):
@@ -108,7 +141,12 @@ def test_a_step_depends_on_nothing_but_its_number(plan: Plan, order: list[int]) 
 def test_the_seed_and_the_epoch_change_the_order(seed: int, other: int) -> None:
     def order(seed: int, epoch: int) -> list[int]:
         plan = build_plan(
-            make_records([1] * 40), [SHAPES[0]] * 40, batch_size=1, num_processes=1, gradient_accumulation=1, seed=seed
+            make_records([1] * 40),
+            [SHAPES[0]] * 40,
+            batch_sizes=[1],
+            num_processes=1,
+            gradient_accumulation=1,
+            seed=seed,
         )
         steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
         return [all_real(plan, step)[0].record for step in steps]
@@ -122,7 +160,7 @@ def test_shapes_are_mixed_and_neighbours_change_from_epoch_to_epoch() -> None:
     plan = build_plan(
         make_records([1] * 40),
         [SHAPES[0]] * 20 + [SHAPES[1]] * 20,
-        batch_size=2,
+        batch_sizes=[2],
         num_processes=1,
         gradient_accumulation=1,
         seed=0,
@@ -172,7 +210,7 @@ def test_regularization_adds_up_to_the_training_pictures(repeats: list[int], pri
 def test_the_balance_is_said_in_the_plan(repeats: list[int], prior_repeats: list[int], expected: str) -> None:
     records = make_records(repeats, prior_repeats)
     plan = build_plan(
-        records, [SHAPES[0]] * len(records), batch_size=1, num_processes=1, gradient_accumulation=1, seed=0
+        records, [SHAPES[0]] * len(records), batch_sizes=[1], num_processes=1, gradient_accumulation=1, seed=0
     )
     assert len(plan.notes) == 1 and expected in plan.notes[0]
 
@@ -180,7 +218,7 @@ def test_the_balance_is_said_in_the_plan(repeats: list[int], prior_repeats: list
 def test_the_figures_of_an_epoch() -> None:
     # 5 + 2 samples in units of 2: 3 + 1 units, in steps of 3 units: 2 steps, the last of 1 unit
     records = make_records([5, 2])
-    plan = build_plan(records, SHAPES[:2], batch_size=1, num_processes=2, gradient_accumulation=3, seed=0)
+    plan = build_plan(records, SHAPES[:2], batch_sizes=[1], num_processes=2, gradient_accumulation=3, seed=0)
     assert (plan.num_samples_per_epoch, plan.units_per_epoch, plan.steps_per_epoch) == (7, 4, 2)
     assert [len(plan.step(step, 0)) for step in range(4)] == [3, 1, 3, 1]
     assert [plan.epoch_of(step) for step in range(4)] == [0, 0, 1, 1]
@@ -189,4 +227,6 @@ def test_the_figures_of_an_epoch() -> None:
 @pytest.mark.parametrize("records", [[], make_records([], [1, 2])])
 def test_nothing_to_train_on_is_an_error(records: list[ImageRecord]) -> None:
     with pytest.raises(UserError, match="no pictures to train on"):
-        build_plan(records, [SHAPES[0]] * len(records), batch_size=1, num_processes=1, gradient_accumulation=1, seed=0)
+        build_plan(
+            records, [SHAPES[0]] * len(records), batch_sizes=[1], num_processes=1, gradient_accumulation=1, seed=0
+        )

@@ -11,9 +11,9 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,15 +27,14 @@ from lorasmith.checkpoint import atomic_file, open_checkpoint
 from lorasmith.command_line import quoted
 from lorasmith.config import TrainConfig
 from lorasmith.data import captions
-from lorasmith.data.buckets import Buckets, CropPlan, Size, bucket_crops, cover_and_crop
+from lorasmith.data.buckets import Buckets, CropPlan, Size
 from lorasmith.data.captions import CaptionOptions
-from lorasmith.data.dataset import Augmentation, Dataset, Posteriors, plain_pixels, read_ahead
-from lorasmith.data.faces import FaceDraws, crop_around, face_of
+from lorasmith.data.dataset import Dataset, Posteriors, plain_pixels, read_ahead
+from lorasmith.data.gathering import Gathered, gather
 from lorasmith.data.images import set_pixel_limit
 from lorasmith.data.plan import Plan, build_plan
 from lorasmith.data.records import ImageRecord
-from lorasmith.data.sources import folder as folder_source
-from lorasmith.data.sources import metadata_json
+from lorasmith.data.subsets import Augmentation, DatasetRules, Subset
 from lorasmith.errors import UserError
 from lorasmith.formats import kohya
 from lorasmith.interrupt import StopRequest
@@ -92,13 +91,15 @@ class Preparation:
     rank: int  # the largest, where starting weights bring several
     alpha: float
     resolution: Size
+    datasets: list[DatasetRules]
     records: list[ImageRecord]
     crops: list[CropPlan]
+    subsets: list[Subset]
     notes: list[str]
     plan: Plan
     total_steps: int
     prompts: list[str]
-    caches_latents: bool
+    cached: list[bool]  # of each data set, whether its latents are
     fingerprint: str
     state: State | None
 
@@ -143,14 +144,14 @@ def prepare(cfg: TrainConfig, processes: Processes, state: State | None) -> Prep
         rank, alpha = _check_weights(cfg.network, facts, shapes)
     if cfg.resume is None or _folder(cfg).path.resolve() != _run_folder(cfg.resume).resolve():
         check_free(_folder(cfg), overwrite=cfg.save.overwrite)
-    records, notes = _records(cfg)
-    notes = [*notes, *_cut_notes(cfg, records)]
     resolution = cfg.data.resolution or facts.resolution
-    crops, face_notes = _around_faces(cfg.data, records, _crops(cfg, resolution, records))
+    set_pixel_limit(cfg.data.max_megapixels)
+    datasets = _datasets(cfg, resolution)
+    gathered = gather(datasets)
     plan = build_plan(
-        records,
-        [crop.shape for crop in crops],
-        batch_size=cfg.training.batch_size,
+        gathered.records,
+        [crop.shape for crop in gathered.crops],
+        batch_sizes=[dataset.batch_size for dataset in datasets],
         num_processes=processes.count,
         gradient_accumulation=cfg.training.gradient_accumulation,
         seed=cfg.training.seed,
@@ -161,19 +162,28 @@ def prepare(cfg: TrainConfig, processes: Processes, state: State | None) -> Prep
             f"lr_warmup_steps = {cfg.optimizer.lr_warmup_steps} is not below the run's {total_steps} steps; "
             "lower the first, or train longer with --steps or --epochs."
         )
-    fingerprint = data_fingerprint(
-        [f"{asdict(record)} {asdict(crop)}" for record, crop in zip(_placeless(records), crops, strict=True)]
-    )
+    fingerprint = _fingerprint(gathered, plan)
     if state is not None:
         _check_resumable(state, fingerprint, plan, total_steps)
-    caches_latents = cfg.data.cache_latents
-    if caches_latents is None:
-        caches_latents = not config.changing_augmentations(cfg.data)
     return Preparation(
-        facts, precision, shapes, rank, alpha, resolution, records, crops,
-        [*notes, *face_notes, *plan.notes], plan, total_steps,
-        _prompts(cfg, records), caches_latents, fingerprint, state,
+        facts, precision, shapes, rank, alpha, resolution, datasets, gathered.records, gathered.crops,
+        [subset.for_run_of(total_steps) for subset in gathered.subsets],
+        [*gathered.notes, *_cut_notes(cfg, gathered), *plan.notes], plan, total_steps, _prompts(cfg, gathered),
+        [_caches_latents(cfg, dataset) for dataset in datasets], fingerprint, state,
     )  # fmt: skip
+
+
+def _caches_latents(cfg: TrainConfig, dataset: DatasetRules) -> bool:
+    return not dataset.changing_augmentations if cfg.data.cache_latents is None else cfg.data.cache_latents
+
+
+def _fingerprint(gathered: Gathered, plan: Plan) -> str:
+    """Return what stands for the data in a state: nothing in it says where they lie."""
+    facts = [f"{record.identity} {crop}" for record, crop in zip(gathered.records, gathered.crops, strict=True)] + [
+        str(subset.placeless) for subset in gathered.subsets
+    ]
+    is_in_shards = any(record.shard is not None for record in gathered.records)
+    return data_fingerprint([*facts, f"{plan.num_processes} processes"] if is_in_shards else facts)
 
 
 def train(cfg: TrainConfig, ready: Preparation, processes: Processes) -> int:
@@ -201,7 +211,7 @@ def _session(cfg: TrainConfig, ready: Preparation, processes: Processes) -> "_Se
             max_token_length=cfg.data.max_token_length,
             weighted_captions=cfg.data.weighted_captions,
         )
-    model.vae.to(vae_home(device, caches_latents=ready.caches_latents))
+    model.vae.to(vae_home(device, caches_latents=all(ready.cached)))
     network = _network(cfg, model)
     network.attach()
     set_attention(model, cfg.training.attention)
@@ -410,7 +420,7 @@ class _Session:
         return kohya.check(path, tensors, precision=precision)
 
     def _save_state(self) -> None:
-        facts = StateFacts(self.done, self.ready.fingerprint, self.started_at, self.ready.plan.unit_size)
+        facts = StateFacts(self.done, self.ready.fingerprint, self.started_at, self.ready.plan.unit_sizes)
         save_state(
             self.folder.states,
             facts,
@@ -550,9 +560,10 @@ def _check_resumable(state: State, fingerprint: str, plan: Plan, total_steps: in
             "the pictures or captions are not those that the run was started with, so it cannot go on as it was. "
             "Put them back, or start a new run from the saved LoRA with --weights."
         )
-    if state.facts.unit_size != plan.unit_size:
+    if state.facts.unit_sizes != plan.unit_sizes:
         raise UserError(
-            f"the run works on {state.facts.unit_size} pictures at once, but {plan.batch_size} on each of "
+            f"the run works on {_one_or_each(state.facts.unit_sizes)} pictures at once, but "
+            f"{_one_or_each(plan.batch_sizes)} on each of "
             f"{plan.num_processes} processes are given now; make --batch-size times processes the same."
         )
     if state.facts.step >= total_steps:
@@ -613,55 +624,43 @@ def _rules(cfg: TrainConfig) -> list[Rule]:
     return [Rule(_PATTERNS[network.train], network.adapter, network.rank, network.alpha)]
 
 
-def _records(cfg: TrainConfig) -> tuple[list[ImageRecord], list[str]]:
-    """Return training and regularization pictures, with sentences about what was found."""
+def _datasets(cfg: TrainConfig, resolution: Size) -> list[DatasetRules]:
+    """Return what is trained on, as rules: the pictures, with the regularization pictures beside them."""
     data = cfg.data
     assert data.images is not None
-    set_pixel_limit(data.max_megapixels)
-    if data.captions is not None:
-        scan = metadata_json.scan(
-            data.captions,
-            data.images,
-            caption=data.caption,
-            repeats=data.repeats,
-            skip_unreadable=data.skip_unreadable,
-        )
-    else:
-        scan = folder_source.scan(
-            data.images,
-            repeats=data.repeats,
-            caption=data.caption,
-            caption_extension=data.caption_extension,
-            skip_unreadable=data.skip_unreadable,
-            all_lines=data.wildcards,
-        )
-    if data.regularization is None:
-        return scan.records, scan.notes
-    prior = folder_source.scan(
-        data.regularization,
-        repeats=1,
-        caption=None,
+    subset = Subset(
+        place=str(data.images),
+        source="folder" if data.captions is None else "metadata_json",
+        metadata=data.captions,
+        repeats=data.repeats,
+        caption=data.caption,
         caption_extension=data.caption_extension,
+        recursive=data.recursive,
         skip_unreadable=data.skip_unreadable,
-        all_lines=data.wildcards,
-        is_prior=True,
+        alpha_color=data.alpha_color,
+        captions=_caption_options(data),
+        augmentation=Augmentation(data.flip, data.color, data.random_crop, data.face_crop_aug_range),
     )
-    return [*scan.records, *prior.records], [*scan.notes, *prior.notes]
-
-
-def _crops(cfg: TrainConfig, resolution: Size, records: list[ImageRecord]) -> list[CropPlan]:
-    data = cfg.data
-    if not data.buckets:
-        return [cover_and_crop(record.size, resolution) for record in records]
-    is_sd_scripts = data.bucket_rule == "sd-scripts"
+    subsets = [subset]
+    if data.regularization is not None:
+        subsets.append(
+            replace(
+                subset, place=str(data.regularization), source="folder", metadata=None, is_prior=True, repeats=1,
+                caption=None,
+            )
+        )  # fmt: skip
     buckets = Buckets(
-        resolution, data.bucket_min, data.bucket_max, data.bucket_step, is_sd_scripts, data.bucket_no_upscale
+        resolution,
+        data.bucket_min,
+        data.bucket_max,
+        data.bucket_step,
+        data.bucket_rule == "sd-scripts",
+        data.bucket_no_upscale,
     )
-    return bucket_crops(records, buckets)
+    return [DatasetRules(tuple(subsets), resolution, buckets if data.buckets else None, cfg.training.batch_size)]
 
 
-def _caption_options(cfg: TrainConfig, total_steps: int) -> CaptionOptions:
-    data, warmup = cfg.data, cfg.data.token_warmup_steps
+def _caption_options(data: config.DataSection) -> CaptionOptions:
     return CaptionOptions(
         shuffle=data.shuffle_caption,
         keep_tokens=data.keep_tokens,
@@ -673,16 +672,19 @@ def _caption_options(cfg: TrainConfig, total_steps: int) -> CaptionOptions:
         dropout=data.caption_dropout,
         dropout_every_epochs=data.caption_dropout_every_epochs,
         tag_dropout=data.tag_dropout,
-        token_warmup_steps=warmup if warmup >= 1 else math.floor(warmup * total_steps),
+        token_warmup_steps=data.token_warmup_steps,
         token_warmup_min=data.token_warmup_min,
         wildcards=data.wildcards,
     )
 
 
-def _cut_notes(cfg: TrainConfig, records: list[ImageRecord]) -> list[str]:
+def _cut_notes(cfg: TrainConfig, gathered: Gathered) -> list[str]:
     """Name the pictures whose captions are longer than the text encoder is given."""
-    data, options = cfg.data, _caption_options(cfg, total_steps=0)
-    texts = [(record.path.name, captions.longest(record.caption, options)) for record in records]
+    data, subsets = cfg.data, gathered.subsets
+    texts = [
+        (record.path.name, captions.longest(record.caption, subsets[record.subset].captions))
+        for record in gathered.records
+    ]
     with open_checkpoint(cfg.model.base) as checkpoint:
         cut = model_families.cut_captions(
             checkpoint,
@@ -702,46 +704,27 @@ def _cut_notes(cfg: TrainConfig, records: list[ImageRecord]) -> list[str]:
     ]
 
 
-def _around_faces(
-    data: config.DataSection, records: list[ImageRecord], crops: list[CropPlan]
-) -> tuple[list[CropPlan], list[str]]:
-    """Return the crops, those of pictures with a face around it if nothing about that is random, and a note on it."""
-    portions, faces = data.face_crop_aug_range, [face_of(record.path) for record in records]
-    if portions is None:
-        return crops, []
-    count = sum(face is not None for face in faces)
-    if not count:
-        raise UserError(
-            "face_crop_aug_range crops around faces, but no picture's name ends with the middle and size of one in "
-            f"pixels, as in name_300_200_64_80.png (the first is {records[0].path.name}); rename them, or leave it out."
-        )
-    if not _has_still_faces(data):
-        return crops, [f"cropped around a face, differently each time: {count} of {len(records)}"]
-    still = FaceDraws(0.0, (0.0, 0.0), (0.0, 0.0))
-    around = [
-        crop if face is None else crop_around(face, record.size, crop.shape, portions, still)
-        for record, face, crop in zip(records, faces, crops, strict=True)
-    ]
-    return around, [f"cropped around a face: {count} of {len(records)}"]
+def _latents_line(cfg: TrainConfig, datasets: Sequence[DatasetRules], cached: Sequence[bool]) -> str:
+    """Say which data sets' latents are cached, and why the others' are not; which augmentations work with that."""
+    lines = [_latents_of(cfg, *pair) for pair in zip(datasets, cached, strict=True)]
+    if len(set(lines)) == 1:
+        return lines[0]
+    return "; ".join(f"data set {number}: {line}" for number, line in enumerate(lines, start=1))
 
 
-def _has_still_faces(data: config.DataSection) -> bool:
-    """Whether nothing is random about crops around faces, so that they belong to the plan."""
-    ends = data.face_crop_aug_range
-    return ends is not None and ends[0] == ends[1] and not data.random_crop
-
-
-def _latents_line(data: config.DataSection, *, is_cached: bool) -> str:
-    """Say whether latents are cached, and why not; which augmentations work with that."""
-    changing = config.changing_augmentations(data)
+def _latents_of(cfg: TrainConfig, dataset: DatasetRules, is_cached: bool) -> str:
+    augmentations = [subset.augmentation for subset in dataset.subsets]
     if is_cached:
-        still = "; face_crop_aug_range works with that, as its two ends are equal" if _has_still_faces(data) else ""
-        return f"cached in memory{still}"
+        mirrored = ", mirrored ones too, for flip" if any(one.flip for one in augmentations) else ""
+        has_still_faces = any(one.has_still_faces for one in augmentations)
+        still = "; face_crop_aug_range works with that, as its two ends are equal" if has_still_faces else ""
+        return f"cached in memory{mirrored}{still}"
+    changing = dataset.changing_augmentations
     reason = f"{' and '.join(changing)} give other pixels each time" if changing else "cache_latents is off"
     return f"encoded anew for every step, since {reason}"
 
 
-def _prompts(cfg: TrainConfig, records: list[ImageRecord]) -> list[str]:
+def _prompts(cfg: TrainConfig, gathered: Gathered) -> list[str]:
     """Return the prompts to draw: those given, those of a text file, or captions of the training pictures."""
     samples = cfg.samples
     if not (samples.before_after or samples.sample_every_steps or samples.sample_every_epochs):
@@ -750,8 +733,11 @@ def _prompts(cfg: TrainConfig, records: list[ImageRecord]) -> list[str]:
         return _prompts_in(Path(samples.prompts[0]))
     if samples.prompts:
         return list(samples.prompts)
-    options = _caption_options(cfg, total_steps=0)
-    texts = dict.fromkeys(captions.plain(record.caption, options) for record in records if not record.is_prior)
+    texts = dict.fromkeys(
+        captions.plain(record.caption, gathered.subsets[record.subset].captions)
+        for record in gathered.records
+        if not record.is_prior
+    )
     return list(texts)[:_NUM_DEFAULT_PROMPTS]
 
 
@@ -807,50 +793,58 @@ def _make_deterministic(device: torch.device) -> None:
 
 
 def _dataset(cfg: TrainConfig, ready: Preparation, model: LatentDiffusion, processes: Processes) -> Dataset:
-    data = cfg.data
     return Dataset(
         ready.plan,
         ready.records,
         ready.crops,
+        ready.subsets,
         seed=cfg.training.seed,
         sample_t=model.schedule.sample_t,
         latent_channels=model.latent_channels,
         latent_factor=model.latent_factor,
-        latents=_posteriors(cfg, ready, model, processes) if ready.caches_latents else None,
-        caption_options=_caption_options(cfg, ready.total_steps),
-        augmentation=Augmentation(
-            data.flip, data.color, data.random_crop, None if _has_still_faces(data) else data.face_crop_aug_range
-        ),
-        prior_loss_weight=data.prior_loss_weight,
-        alpha_color=data.alpha_color,
+        latents=_posteriors(cfg, ready, model, processes),
+        prior_loss_weight=cfg.data.prior_loss_weight,
     )
 
 
 @torch.no_grad()
 def _posteriors(cfg: TrainConfig, ready: Preparation, model: LatentDiffusion, processes: Processes) -> Posteriors:
-    """Encode every picture once, one at a time, so that its bits do not depend on its neighbours.
+    """Encode every picture of cached data sets once, one at a time, so that its bits do not depend on its neighbours.
 
-    Each process encodes its share, and all get all: the same picture may be drawn by any of them later.
+    Each process encodes its share, and all get all: the same picture may be drawn by any of them later. What lies in
+    shards is encoded by the process that reads it, for itself.
     """
-    used = [i for i, repeats in enumerate(ready.plan.repeats) if repeats]
-    mine = used[processes.index :: processes.count]
-    is_shown = cfg.log.progress and processes.is_main
+    wanted = [key for i, record in enumerate(ready.records) if ready.cached[record.dataset] for key in _keys(ready, i)]
+    shared = [key for key in wanted if ready.records[key[0]].shard is None]
+    own = [
+        key for key in wanted if ready.records[key[0]].shard is not None and ready.plan.reads(key[0], processes.index)
+    ]
+    mine = [*shared[processes.index :: processes.count], *own]
+    is_shown = cfg.log.progress and processes.is_main and bool(wanted)
 
-    def pixels_of(i: int) -> torch.Tensor:
-        return plain_pixels(ready.records[i], ready.crops[i], cfg.data.alpha_color)
+    def pixels_of(key: tuple[int, bool]) -> torch.Tensor:
+        record, is_mirrored = key
+        pixels = plain_pixels(ready.records[record], ready.crops[record], ready.subsets[ready.records[record].subset])
+        return pixels.flip(-1) if is_mirrored else pixels
 
-    encoded: dict[int, torch.Tensor] = {}  # mean and std, (2, C, H/f, W/f)
+    encoded: dict[tuple[int, bool], torch.Tensor] = {}  # mean and std, (2, C, H/f, W/f)
     with processes.together(), lent(model.vae, model.device):
         pixels = read_ahead(pixels_of, mine, workers=cfg.data.workers)
-        for i, picture in zip(mine, _counted(pixels, len(mine), is_shown=is_shown), strict=True):
-            encoded[i] = torch.cat(model.encode_image(picture[None])).cpu()
-    found: dict[tuple[int, Size], tuple[torch.Tensor, torch.Tensor]] = {}
-    for number, i in enumerate(used):
-        (width, height), factor = ready.crops[i].shape, model.latent_factor
-        moments = encoded.get(i, torch.empty(2, model.latent_channels, height // factor, width // factor))
-        mean, std = processes.share(moments, source=number % processes.count)
-        found[i, ready.crops[i].shape] = mean, std
-    return found
+        for key, picture in zip(mine, _counted(pixels, len(mine), is_shown=is_shown), strict=True):
+            encoded[key] = torch.cat(model.encode_image(picture[None])).cpu()
+    for number, key in enumerate(shared):
+        (width, height), factor = ready.crops[key[0]].shape, model.latent_factor
+        moments = encoded.get(key, torch.empty(2, model.latent_channels, height // factor, width // factor))
+        encoded[key] = processes.share(moments, source=number % processes.count)
+    return {key: (moments[0], moments[1]) for key, moments in encoded.items()}
+
+
+def _keys(ready: Preparation, record: int) -> list[tuple[int, bool]]:
+    """Return what is cached of a record: nothing if it is not used, and its mirror image where that is drawn."""
+    if not ready.plan.repeats[record]:
+        return []
+    flips = ready.subsets[ready.records[record].subset].augmentation.flip
+    return [(record, False), (record, True)] if flips else [(record, False)]
 
 
 def _counted(pictures: Iterable[torch.Tensor], count: int, *, is_shown: bool) -> Iterable[torch.Tensor]:
@@ -865,11 +859,6 @@ def _counted(pictures: Iterable[torch.Tensor], count: int, *, is_shown: bool) ->
         dynamic_ncols=True,
         disable=not (is_shown and sys.stderr.isatty()),
     )
-
-
-def _placeless(records: list[ImageRecord]) -> list[ImageRecord]:
-    """Return the records without where they lie, which a resumed run may change."""
-    return [replace(record, path=Path(record.path.name), group="") for record in records]
 
 
 def _page(cfg: TrainConfig, ready: Preparation, processes: Processes) -> str:
@@ -889,15 +878,15 @@ def _page(cfg: TrainConfig, ready: Preparation, processes: Processes) -> str:
             + (f", starting from {network.weights}, which fits" if network.weights else "")
         ],
         "pictures": ready.notes,
-        "captions": caption_lines(training_records)
-        + caption_rule_lines(training_records, _caption_options(cfg, ready.total_steps)),
+        "captions": caption_lines(training_records) + _caption_rules(ready),
         "shapes": shape_lines(ready.records, ready.crops),
-        "latents": [_latents_line(cfg.data, is_cached=ready.caches_latents)],
+        "latents": [_latents_line(cfg, ready.datasets, ready.cached)],
         "steps": [
             f"{ready.total_steps} steps = {ready.total_steps / plan.steps_per_epoch:.4g} epochs of "
             f"{plan.num_samples_per_epoch} samples in {plan.steps_per_epoch} steps",
-            f"effective batch {plan.unit_size * plan.gradient_accumulation} = {plan.batch_size} on each of "
-            f"{plan.num_processes} process{'es' * (plan.num_processes > 1)} x {plan.gradient_accumulation} accumulated",
+            f"effective batch {_one_or_each(size * plan.gradient_accumulation for size in plan.unit_sizes)} = "
+            f"{_one_or_each(plan.batch_sizes)} on each of {plan.num_processes} process"
+            f"{'es' * (plan.num_processes > 1)} x {plan.gradient_accumulation} accumulated",
         ],
         "rates": [
             ", ".join(
@@ -918,17 +907,32 @@ def _page(cfg: TrainConfig, ready: Preparation, processes: Processes) -> str:
     return plan_page(f"lorasmith {lorasmith.__version__}: the plan", paragraphs)
 
 
+def _one_or_each(numbers: Iterable[int]) -> str:
+    """Return a number of all data sets: once if it is the same, else in their order."""
+    return " or ".join(map(str, dict.fromkeys(numbers)))
+
+
+def _caption_rules(ready: Preparation) -> list[str]:
+    """Say how the captions of each subset with training pictures vary."""
+    lines: dict[str, None] = {}
+    for index, subset in enumerate(ready.subsets):
+        records = [record for record in ready.records if record.subset == index]
+        if records and not subset.is_prior:
+            lines.update(dict.fromkeys(caption_rule_lines(records, subset.captions)))
+    return list(lines)
+
+
 def _memory(cfg: TrainConfig, ready: Preparation, num_adapter_values: int, device: torch.device) -> dict[str, int]:
     """Return the estimated bytes on the device while training, by part."""
     facts = ready.facts
-    has_vae = vae_home(device, caches_latents=ready.caches_latents) == device
+    has_vae = vae_home(device, caches_latents=all(ready.cached)) == device
     return estimate_training_memory(
         num_values=facts.num_values if has_vae else {**facts.num_values, "vae": 0},
         width=facts.width,
         text_width=facts.text_width,
         num_text_layers=facts.num_text_layers,
         precision=ready.precision,  # type: ignore[arg-type]  # one of the three by now
-        batch=cfg.training.batch_size,
+        batch=max(ready.plan.batch_sizes),
         resolution=max((crop.shape for crop in ready.crops), key=math.prod),
         gradient_checkpointing=cfg.training.gradient_checkpointing,
         trains_text_encoder=any(part_of(name) == "text_encoder" for name in ready.shapes),
@@ -997,8 +1001,8 @@ def _metadata(cfg: TrainConfig, ready: Preparation, step: int, started_at: float
         "num_batches_per_epoch": plan.units_per_epoch,
         "num_train_images": sum(plan.repeats[i] for i, record in enumerate(ready.records) if not record.is_prior),
         "num_reg_images": sum(plan.repeats[i] for i, record in enumerate(ready.records) if record.is_prior),
-        "batch_size_per_device": plan.batch_size,
-        "total_batch_size": plan.unit_size * plan.gradient_accumulation,
+        "batch_size_per_device": plan.batch_sizes[0],
+        "total_batch_size": plan.unit_sizes[0] * plan.gradient_accumulation,
         "gradient_accumulation_steps": plan.gradient_accumulation,
         "gradient_checkpointing": training.gradient_checkpointing,
         "mixed_precision": {"fp32": "no"}.get(ready.precision, ready.precision),
@@ -1009,7 +1013,7 @@ def _metadata(cfg: TrainConfig, ready: Preparation, step: int, started_at: float
         "min_bucket_reso": data.bucket_min if data.buckets else None,
         "max_bucket_reso": data.bucket_max if data.buckets else None,
         "bucket_no_upscale": data.bucket_no_upscale,
-        "cache_latents": ready.caches_latents,
+        "cache_latents": all(ready.cached),
         "color_aug": data.color,
         "flip_aug": data.flip,
         "random_crop": data.random_crop,
@@ -1021,7 +1025,7 @@ def _metadata(cfg: TrainConfig, ready: Preparation, step: int, started_at: float
         "caption_tag_dropout_rate": data.tag_dropout,
         "dataset_dirs": _folders(own) if save.share_captions else {},
         "reg_dataset_dirs": _folders(prior) if save.share_captions else {},
-        "tag_frequency": _tag_frequency(own, _caption_options(cfg, ready.total_steps)) if save.share_captions else {},
+        "tag_frequency": _tag_frequency(own, ready.subsets) if save.share_captions else {},
         "bucket_info": _bucket_info(plan) if data.buckets else None,
         "training_comment": save.comment,
         "training_started_at": started_at,
@@ -1053,16 +1057,14 @@ def _folders(records: list[ImageRecord]) -> dict[str, dict[str, int]]:
     }
 
 
-def _tag_frequency(records: list[ImageRecord], options: CaptionOptions) -> dict[str, dict[str, int]]:
+def _tag_frequency(records: list[ImageRecord], subsets: Sequence[Subset]) -> dict[str, dict[str, int]]:
     """Return per folder how often each part of the captions occurs."""
-    return {
-        group: dict(
-            Counter(
-                tag for record in records if record.group == group for tag in captions.tags(record.caption, options)
-            )
+    counts: dict[str, Counter[str]] = {}
+    for record in records:
+        counts.setdefault(record.group, Counter()).update(
+            captions.tags(record.caption, subsets[record.subset].captions)
         )
-        for group in dict.fromkeys(record.group for record in records)
-    }
+    return {group: dict(count) for group, count in counts.items()}
 
 
 def _bucket_info(plan: Plan) -> dict[str, Any]:

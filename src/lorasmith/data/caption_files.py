@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lorasmith.data.faces import face_of
 from lorasmith.errors import UserError
 
 DEFAULT_EXTENSIONS = (".caption", ".txt")
@@ -36,6 +37,8 @@ def read_caption_files(
 ) -> CaptionFiles:
     """Return the first line of the text file beside each picture that has one; extensions in either case.
 
+    Pictures whose names tell of a face (`name_CX_CY_W_H.png`) may share the file of the picture they were cut from.
+
     Args:
         all_lines: return all lines that hold something, divided by line feeds.
     """
@@ -47,7 +50,8 @@ def read_caption_files(
         if path.suffix.lower() in known and path.is_file() and not path.name.startswith(".")
     }
     for picture in pictures:
-        keys = ((picture.stem, extension) for extension in accepted)
+        stems = [picture.stem, *([picture.stem.rsplit("_", 4)[0]] if face_of(picture) else [])]
+        keys = ((stem, extension) for stem in stems for extension in accepted)
         file = next((beside[key] for key in keys if key in beside), None)
         if file is not None:
             found.files[picture] = file

@@ -21,22 +21,22 @@ from PIL import Image
 from torch import Tensor
 
 from lorasmith.data import captions
-from lorasmith.data.buckets import CropPlan, Size
-from lorasmith.data.captions import CaptionOptions
+from lorasmith.data.buckets import CropPlan
 from lorasmith.data.faces import face_of
-from lorasmith.data.images import open_image, prepare
+from lorasmith.data.images import Draws, open_record, prepare
 from lorasmith.data.plan import MicroBatch, Plan, Sample
 from lorasmith.data.records import ImageRecord
+from lorasmith.data.subsets import Subset
 from lorasmith.errors import UserError
 from lorasmith.seeds import derive
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# (record index, (width, height) in pixels) -> (mean, std) of the VAE's scaled posterior, each (C, H/f, W/f)
-Posteriors = Mapping[tuple[int, Size], tuple[Tensor, Tensor]]
+# (record index, whether mirrored) -> (mean, std) of the VAE's scaled posterior, each (C, H/f, W/f)
+Posteriors = Mapping[tuple[int, bool], tuple[Tensor, Tensor]]
 
-_AS_WRITTEN = CaptionOptions()
+_NO_LATENTS: Posteriors = {}
 _READ_AHEAD = 2  # items in work or waiting, per worker
 
 
@@ -60,25 +60,16 @@ class Batch:
     count: int
 
 
-@dataclass(frozen=True)
-class Augmentation:
-    """How pictures vary; see `images.prepare`."""
-
-    flip: bool = False
-    colour: bool = False
-    random_crop: bool = False
-    face_portions: tuple[float, float] | None = None
-
-
 class Dataset:
     """Builds the batches of any step.
 
     Args:
         crops: how each record's picture is brought to its shape.
+        subsets: the rules that records follow, counted over all data sets.
         sample_t: (n, generator) -> (n,) timesteps.
         latent_channels, latent_factor: C, and f = pixels per latent, of the model.
-        latents: cached posteriors of all records, made by the caller from `plain_pixels`; without it pixels are given.
-        alpha_color: what is seen through transparent pictures.
+        latents: cached posteriors of all records of some data sets, made by the caller from `plain_pixels`, mirrored
+            ones too where a subset flips; of other records pixels are given.
         prior_loss_weight: weight of regularization pictures.
     """
 
@@ -87,23 +78,19 @@ class Dataset:
         plan: Plan,
         records: Sequence[ImageRecord],
         crops: Sequence[CropPlan],
+        subsets: Sequence[Subset],
         *,
         seed: int,
         sample_t: Callable[[int, torch.Generator], Tensor],
         latent_channels: int = 4,
         latent_factor: int = 8,
-        latents: Posteriors | None = None,
-        caption_options: CaptionOptions = _AS_WRITTEN,
-        augmentation: Augmentation = Augmentation(),
+        latents: Posteriors = _NO_LATENTS,
         prior_loss_weight: float = 1.0,
-        alpha_color: str = "white",
     ) -> None:
-        assert latents is None or augmentation == Augmentation(), "cached latents cannot be augmented"
-        self._plan, self._records, self._crops, self._seed = plan, records, crops, seed
-        self._sample_t, self._latents = sample_t, latents
+        self._plan, self._records, self._crops, self._subsets = plan, records, crops, subsets
+        self._seed, self._sample_t, self._latents = seed, sample_t, latents
         self._latent_channels, self._latent_factor = latent_channels, latent_factor
-        self._captions, self._augmentation, self._prior_loss_weight = caption_options, augmentation, prior_loss_weight
-        self._alpha_color = alpha_color
+        self._prior_loss_weight = prior_loss_weight
 
     def batch(self, step: int, process_index: int) -> list[Batch]:
         """Return one process's batches of a step, one for each unit of gradient accumulation.
@@ -130,10 +117,11 @@ class Dataset:
             return torch.stack(draws)  # (B, C, H/f, W/f)
 
         posterior_noise = normal("posterior")
+        is_cached = (samples[0].record, False) in self._latents
         t = torch.cat([self._sample_t(1, self._generator("timestep", step, sample)) for sample in samples])
         return Batch(
-            latents=None if self._latents is None else self._draw_latents(self._latents, micro_batch, posterior_noise),
-            pixels=torch.stack([self._pixels(step, sample) for sample in samples]) if self._latents is None else None,
+            latents=self._draw_latents(step, samples, posterior_noise) if is_cached else None,
+            pixels=None if is_cached else torch.stack([self._pixels(step, sample) for sample in samples]),
             posterior_noise=posterior_noise,
             noise=normal("noise"),
             t=t,
@@ -148,30 +136,40 @@ class Dataset:
     def _random(self, purpose: str, step: int, sample: Sample) -> random.Random:
         return random.Random(derive(self._seed, purpose, step, sample.index))
 
-    @staticmethod
-    def _draw_latents(latents: Posteriors, micro_batch: MicroBatch, posterior_noise: Tensor) -> Tensor:
-        moments = [latents[sample.record, micro_batch.shape] for sample in micro_batch.samples]
+    def _picture_draws(self, step: int, sample: Sample) -> Draws:
+        return Draws.of(self._random("picture", step, sample))
+
+    def _subset(self, sample: Sample) -> Subset:
+        return self._subsets[self._records[sample.record].subset]
+
+    def _draw_latents(self, step: int, samples: Sequence[Sample], posterior_noise: Tensor) -> Tensor:
+        moments = []
+        for sample in samples:
+            is_mirrored = self._subset(sample).augmentation.flip and self._picture_draws(step, sample).is_mirrored
+            moments.append(self._latents[sample.record, is_mirrored])
         mean = torch.stack([mean for mean, _ in moments]).float()
         std = torch.stack([std for _, std in moments]).float()
         return mean + std * posterior_noise
 
     def _pixels(self, step: int, sample: Sample) -> Tensor:
-        record, crop, augmentation = self._records[sample.record], self._crops[sample.record], self._augmentation
+        record, crop, subset = self._records[sample.record], self._crops[sample.record], self._subset(sample)
+        augmentation = subset.augmentation
+        portions = None if augmentation.has_still_faces else augmentation.face_portions
         return prepare(
-            _open_unchanged(record, self._alpha_color),
+            _open_unchanged(record, subset.alpha_color),
             crop,
-            rng=self._random("picture", step, sample),
+            draws=self._picture_draws(step, sample),
             flip=augmentation.flip,
             colour=augmentation.colour,
             random_crop=augmentation.random_crop,
-            face=face_of(record.path) if augmentation.face_portions else None,
-            face_portions=augmentation.face_portions,
+            face=face_of(record.path) if portions else None,
+            face_portions=portions,
         )
 
     def _caption(self, step: int, sample: Sample) -> str:
         return captions.process(
             self._records[sample.record].caption,
-            self._captions,
+            self._subset(sample).captions,
             draws=lambda purpose: self._random(f"caption {purpose}", step, sample),
             step=step,
             epoch=sample.epoch,
@@ -183,17 +181,17 @@ class Dataset:
         return self._prior_loss_weight if self._records[sample.record].is_prior else 1.0
 
 
-def plain_pixels(record: ImageRecord, crop: CropPlan, alpha_color: str = "white") -> Tensor:
+def plain_pixels(record: ImageRecord, crop: CropPlan, subset: Subset) -> Tensor:
     """Return a record's pixels (3, H, W) in [-1, 1], cropped as planned and not augmented: what is cached as latents.
 
     Raises:
         UserError: the picture is no longer what it was when the run began.
     """
-    return prepare(_open_unchanged(record, alpha_color), crop, rng=random.Random(0))
+    return prepare(_open_unchanged(record, subset.alpha_color), crop, draws=Draws.of(random.Random(0)))
 
 
 def _open_unchanged(record: ImageRecord, alpha_color: str) -> Image.Image:
-    image = open_image(record.path, alpha_color=alpha_color)
+    image = open_record(record, alpha_color=alpha_color)
     if image.size != record.size:
         raise UserError(
             f"{record.path} has changed during the run: it was {record.size[0]}x{record.size[1]} at the start and is "

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from lorasmith.data.buckets import CropPlan, Size
 from lorasmith.data.faces import Face, FaceDraws, crop_around
+from lorasmith.data.records import ImageRecord
 from lorasmith.errors import UserError
 
 # All that Pillow decodes and knows by its first bytes, but for EPS and WMF, which other programs draw. TGA has no such
@@ -79,6 +80,30 @@ class UnreadablePicture(UserError):
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(f"{path}: {reason}")
         self.reason = reason
+
+
+@dataclass(frozen=True)
+class Draws:
+    """All that is drawn for one sample of a picture, used or not, so that no augmentation changes another's draws.
+
+    across, down: where a random crop lies, in [0, 1). hue_or_gamma: how strong, in [-1, 1].
+    """
+
+    across: float
+    down: float
+    is_mirrored: bool
+    is_coloured: bool
+    is_hue: bool
+    hue_or_gamma: float
+    face: FaceDraws
+
+    @classmethod
+    def of(cls, rng: random.Random) -> "Draws":
+        """Draw."""
+        across, down, is_mirrored = rng.random(), rng.random(), rng.random() < 0.5
+        is_coloured, is_hue, amount = rng.random() < _COLOUR_SHARE, rng.random() < 0.5, rng.uniform(-1, 1)
+        face = FaceDraws(rng.random(), (rng.random(), rng.random()), (rng.random(), rng.random()))
+        return cls(across, down, is_mirrored, is_coloured, is_hue, amount, face)
 
 
 @dataclass(frozen=True)
@@ -161,6 +186,24 @@ def open_image(path: Path, *, alpha_color: str = "white") -> Image.Image:
         UnreadablePicture: missing, empty, truncated, not a picture, or larger than the limit.
     """
     return _decode(path, _read(path), alpha_color).image
+
+
+def open_record(record: ImageRecord, *, alpha_color: str = "white") -> Image.Image:
+    """Return a record's picture as `open_image` does, wherever its bytes are.
+
+    Raises:
+        UnreadablePicture: as `open_image`.
+    """
+    return _decode(record.path, _bytes_of(record), alpha_color).image
+
+
+def _bytes_of(record: ImageRecord) -> bytes:
+    if record.data is None:
+        return _read(record.path)
+    try:
+        return record.data.read()
+    except OSError as error:
+        raise UnreadablePicture(record.path, f"its archive cannot be read ({error.strerror or error})") from error
 
 
 def probe(path: Path) -> tuple[Size, str]:
@@ -372,7 +415,7 @@ def prepare(
     image: Image.Image,
     crop: CropPlan,
     *,
-    rng: random.Random,
+    draws: Draws,
     flip: bool = False,
     colour: bool = False,
     random_crop: bool = False,
@@ -381,30 +424,27 @@ def prepare(
 ) -> Tensor:
     """Return a picture's pixels (3, H, W), float32 in [-1, 1], resized and cropped as planned.
 
-    Every draw is made whether it is used or not, so that turning one augmentation on does not change another.
-
     Args:
         flip: mirror left to right in half of the cases.
         colour: in a third of the cases turn the hue or change the gamma weakly.
         random_crop: crop anywhere instead of where the plan says.
         face, face_portions: if both are given, crop around the face; see `faces.crop_around`.
     """
-    across, down, is_flipped = rng.random(), rng.random(), rng.random() < 0.5
-    is_coloured, is_hue, amount = rng.random() < _COLOUR_SHARE, rng.random() < 0.5, rng.uniform(-1, 1)
-    face_draws = FaceDraws(rng.random(), (rng.random(), rng.random()), (rng.random(), rng.random()))
     shape, is_face = crop.shape, face is not None and face_portions is not None
     if face is not None and face_portions is not None:
-        crop = crop_around(face, image.size, shape, face_portions, face_draws, random_crop=random_crop)
+        crop = crop_around(face, image.size, shape, face_portions, draws.face, random_crop=random_crop)
     left, top = crop.crop[:2]
     width, height = crop.resize
     if random_crop and not is_face:
-        left, top = int(across * (width - shape[0] + 1)), int(down * (height - shape[1] + 1))
+        left, top = int(draws.across * (width - shape[0] + 1)), int(draws.down * (height - shape[1] + 1))
     image = _resize_and_crop(image, crop.resize, (left, top), shape)
-    if flip and is_flipped:
+    if flip and draws.is_mirrored:
         image = ImageOps.mirror(image)
     pixels = np.asarray(image, dtype=np.float32) / 255  # (H, W, 3)
-    if colour and is_coloured:
-        pixels = _keep_brightness(pixels, _turn_hue(pixels, amount) if is_hue else pixels ** (1 + amount * _GAMMA))
+    if colour and draws.is_coloured:
+        amount = draws.hue_or_gamma
+        changed = _turn_hue(pixels, amount) if draws.is_hue else pixels ** (1 + amount * _GAMMA)
+        pixels = _keep_brightness(pixels, changed)
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1) * 2 - 1))
 
 

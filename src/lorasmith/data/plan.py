@@ -1,9 +1,12 @@
 """What every optimizer step consists of, as a pure function of (records, shapes, batch sizes, seed).
 
-Words: a *unit* is batch_size * num_processes samples of one shape, what all processes work on at once; an optimizer
-step is gradient_accumulation units. An epoch holds every record `repeats` times; its units are cut shape by shape (the
-last one of a shape may be smaller) and put in an order drawn from the seed and the epoch's number. So the same samples
-meet in the same step whether there is one process with batch 2 or two processes with batch 1.
+Words: a *unit* is batch_size * num_processes samples of one data set and one shape, what all processes work on at once;
+an optimizer step is gradient_accumulation units. An epoch holds every record `repeats` times; its units are cut shape
+by shape (the last one of a shape may be smaller) and put in an order drawn from the seed and the epoch's number. So the
+same samples meet in the same step whether there is one process with batch 2 or two processes with batch 1.
+
+Records that lie in shards are the exception: process p alone reads shards p, p + num_processes and so on, for they need
+not be on other machines. Its places in each unit are filled from them, and stay empty when they run out.
 """
 
 import random
@@ -16,7 +19,15 @@ from lorasmith.data.records import ImageRecord
 from lorasmith.errors import UserError
 from lorasmith.seeds import derive
 
-Unit = tuple[int, ...]  # record indexes
+_EMPTY = -1  # a place in a unit without a sample
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """records: record indexes in the order of their places, `_EMPTY` where there is none."""
+
+    dataset: int
+    records: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -42,21 +53,24 @@ class Plan:
     """The samples of every step; made by `build_plan`.
 
     repeats: how often each record counts in an epoch, regularization balanced; 0 for one that is not used.
+    datasets, shards: of each record. batch_sizes: of each data set, on each process.
     notes: plain sentences about the balance, for the printed plan.
     """
 
     shapes: tuple[Size, ...]
     repeats: tuple[int, ...]
-    batch_size: int
+    datasets: tuple[int, ...]
+    shards: tuple[int | None, ...]
+    batch_sizes: tuple[int, ...]
     num_processes: int
     gradient_accumulation: int
     seed: int
     notes: tuple[str, ...]
 
     @property
-    def unit_size(self) -> int:
-        """Samples that all processes work on at once."""
-        return self.batch_size * self.num_processes
+    def unit_sizes(self) -> tuple[int, ...]:
+        """Samples of each data set that all processes work on at once."""
+        return tuple(size * self.num_processes for size in self.batch_sizes)
 
     @cached_property
     def num_samples_per_epoch(self) -> int:
@@ -65,8 +79,8 @@ class Plan:
 
     @cached_property
     def units_per_epoch(self) -> int:
-        """Units in one pass over the data: for each shape, its samples / unit_size, rounded up."""
-        return sum(-(-count // self.unit_size) for count in self.samples_per_shape().values())
+        """Units in one pass over the data: for each data set and shape, its samples / unit size, rounded up."""
+        return len(_epoch_units(self, 0))
 
     @property
     def steps_per_epoch(self) -> int:
@@ -86,76 +100,110 @@ class Plan:
 
     def num_samples(self, step: int) -> int:
         """Return how many samples, over all processes and units and without padding, a step has."""
-        return sum(map(len, self._units_of(step)))
+        return sum(len(unit.records) - unit.records.count(_EMPTY) for unit in self._units_of(step))
+
+    def reads(self, record: int, process_index: int) -> bool:
+        """Whether a process may read a record: any but one in a shard of another process."""
+        shard = self.shards[record]
+        return shard is None or shard % self.num_processes == process_index
 
     def step(self, step: int, process_index: int) -> list[MicroBatch]:
         """Return one process's part of a step, counted from 0 and running over the epochs without end."""
-        epoch = self.epoch_of(step)
-        return [
-            self._micro_batch(unit, epoch, number * self.unit_size, process_index)
-            for number, unit in enumerate(self._units_of(step))
-        ]
+        epoch, first_index, micro_batches = self.epoch_of(step), 0, []
+        for unit in self._units_of(step):
+            micro_batches.append(self._micro_batch(unit, epoch, first_index, process_index))
+            first_index += self.unit_sizes[unit.dataset]
+        return micro_batches
 
-    def _units_of(self, step: int) -> Sequence[Unit]:
+    def _units_of(self, step: int) -> Sequence[_Unit]:
         first = step % self.steps_per_epoch * self.gradient_accumulation
         return _epoch_units(self, self.epoch_of(step))[first : first + self.gradient_accumulation]
 
-    def _micro_batch(self, unit: Unit, epoch: int, first_index: int, process_index: int) -> MicroBatch:
-        start = process_index * self.batch_size
-        mine = unit[start : start + self.batch_size]
-        is_padding = not mine  # a process without a sample works on any one of the unit: all must keep step
-        samples = [Sample(record, epoch, first_index + start + i) for i, record in enumerate(mine or unit[:1])]
-        return MicroBatch(tuple(samples), self.shapes[unit[0]], (is_padding,) * len(samples))
+    def _micro_batch(self, unit: _Unit, epoch: int, first_index: int, process_index: int) -> MicroBatch:
+        start = process_index * self.batch_sizes[unit.dataset]
+        places = enumerate(unit.records[start : start + self.batch_sizes[unit.dataset]], first_index + start)
+        samples = [Sample(record, epoch, index) for index, record in places if record != _EMPTY]
+        is_padding = not samples  # a process without a sample works on any that it may read: all must keep step
+        if is_padding:
+            samples = [Sample(self._any_readable(unit, process_index), epoch, first_index + start)]
+        return MicroBatch(tuple(samples), self.shapes[samples[0].record], (is_padding,) * len(samples))
+
+    def _any_readable(self, unit: _Unit, process_index: int) -> int:
+        candidates = (*unit.records, *range(len(self.repeats)))
+        return next(record for record in candidates if record != _EMPTY and self.reads(record, process_index))
 
 
 def build_plan(
     records: Sequence[ImageRecord],
     shapes_per_record: Sequence[Size],
     *,
-    batch_size: int,
+    batch_sizes: Sequence[int],
     num_processes: int,
     gradient_accumulation: int,
     seed: int,
 ) -> Plan:
-    """Return the plan for these records; `shapes_per_record` is the (width, height) each is trained in.
+    """Return the plan for these records.
+
+    Args:
+        shapes_per_record: the (width, height) that each is trained in.
+        batch_sizes: of each data set, on each process.
 
     Raises:
-        UserError: there is nothing to train on but regularization pictures, or nothing at all.
+        UserError: there is nothing to train on but regularization pictures, or nothing at all; a process has none that
+            it may read.
     """
     repeats = balanced_repeats(records)
-    return Plan(
+    plan = Plan(
         shapes=tuple(shapes_per_record),
         repeats=tuple(repeats),
-        batch_size=batch_size,
+        datasets=tuple(record.dataset for record in records),
+        shards=tuple(record.shard for record in records),
+        batch_sizes=tuple(batch_sizes),
         num_processes=num_processes,
         gradient_accumulation=gradient_accumulation,
         seed=seed,
         notes=tuple(_balance_notes(records, repeats)),
     )
+    for process in range(num_processes):
+        if not any(plan.reads(record, process) for record in range(len(records))):
+            num_shards = len({record.shard for record in records})
+            raise UserError(
+                f"{num_processes} processes share {num_shards} shards, so process {process} has none to read; start "
+                "fewer processes, or divide the pictures among more shards."
+            )
+    return plan
 
 
 def balanced_repeats(records: Sequence[ImageRecord]) -> list[int]:
     """Return each record's repeats, those of regularization pictures changed to add up to the training pictures'.
 
-    sd-scripts' method: they are taken in order until there are enough; the rest is not used; if there are too few, the
-    repeats are raised one by one, round and round. (sd-scripts may end a few samples above; here the last one is cut.)
+    That holds for each data set by itself. sd-scripts' method: they are taken in order until there are enough; the rest
+    is not used; if there are too few, the repeats are raised one by one, round and round. (sd-scripts may end a few
+    samples above; here the last one is cut.)
 
     Raises:
-        UserError: no training pictures.
+        UserError: no training pictures, in all or beside the regularization pictures of a data set.
     """
     repeats = [0 if record.is_prior else record.repeats for record in records]
-    missing = sum(repeats)
-    if not missing:
+    if not any(repeats):
         raise UserError(
             f"there are no pictures to train on ({len(records)} regularization pictures do not count); "
             "give a folder with training pictures."
         )
-    priors = [i for i, record in enumerate(records) if record.is_prior]
-    for i in priors:
-        repeats[i] = min(records[i].repeats, missing)
-        missing -= repeats[i]
-    for number, i in enumerate(priors):
-        repeats[i] += missing // len(priors) + (number < missing % len(priors))
+    for dataset in dict.fromkeys(record.dataset for record in records):
+        own = [i for i, record in enumerate(records) if record.dataset == dataset]
+        missing = sum(repeats[i] for i in own)
+        priors = [i for i in own if records[i].is_prior]
+        if priors and not missing:
+            raise UserError(
+                f"data set {dataset + 1} holds {len(priors)} regularization pictures and none to train on, but they "
+                "are balanced against those of their own data set; put them beside what they belong to."
+            )
+        for i in priors:
+            repeats[i] = min(records[i].repeats, missing)
+            missing -= repeats[i]
+        for number, i in enumerate(priors):
+            repeats[i] += missing // len(priors) + (number < missing % len(priors))
     return repeats
 
 
@@ -174,15 +222,34 @@ def _balance_notes(records: Sequence[ImageRecord], repeats: Sequence[int]) -> li
 
 
 @lru_cache(maxsize=4)  # a memory only, no state: an epoch's order depends on nothing but the plan and its number
-def _epoch_units(plan: Plan, epoch: int) -> tuple[Unit, ...]:
+def _epoch_units(plan: Plan, epoch: int) -> tuple[_Unit, ...]:
     rng = random.Random(derive(plan.seed, "order", epoch))
-    samples: dict[Size, list[int]] = {shape: [] for shape in plan.samples_per_shape()}
-    for record, (shape, repeats) in enumerate(zip(plan.shapes, plan.repeats, strict=True)):
+    alike: dict[tuple[int, Size], list[int]] = {}
+    for record, repeats in enumerate(plan.repeats):
         if repeats:
-            samples[shape] += [record] * repeats
-    units: list[Unit] = []
-    for of_shape in samples.values():
-        rng.shuffle(of_shape)
-        units += [tuple(of_shape[i : i + plan.unit_size]) for i in range(0, len(of_shape), plan.unit_size)]
+            alike.setdefault((plan.datasets[record], plan.shapes[record]), []).extend([record] * repeats)
+    units: list[_Unit] = []
+    for dataset, shape in sorted(alike):
+        samples = alike[dataset, shape]
+        rng.shuffle(samples)
+        places = _by_shards(plan, dataset, samples) if any(plan.shards[i] is not None for i in samples) else samples
+        size = plan.unit_sizes[dataset]
+        units += [_Unit(dataset, tuple(places[i : i + size])) for i in range(0, len(places), size)]
     rng.shuffle(units)
     return tuple(units)
+
+
+def _by_shards(plan: Plan, dataset: int, samples: Sequence[int]) -> list[int]:
+    """Return the samples in places of those processes that may read them, empty places where one has fewer."""
+    own: list[list[int]] = [[] for _ in range(plan.num_processes)]
+    num_dealt = 0
+    for record in samples:
+        shard = plan.shards[record]
+        if shard is None:  # of a file that all can read
+            shard, num_dealt = num_dealt, num_dealt + 1
+        own[shard % plan.num_processes].append(record)
+    size = plan.batch_sizes[dataset]
+    num_units = max(-(-len(records) // size) for records in own)
+    for records in own:
+        records += [_EMPTY] * (num_units * size - len(records))
+    return [record for i in range(0, num_units * size, size) for records in own for record in records[i : i + size]]

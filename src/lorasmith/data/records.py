@@ -1,15 +1,27 @@
 """What is known of a picture before it is opened again: the common words of sources, buckets, plan and dataset."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
+
+
+class PictureData(Protocol):
+    """Where a picture's bytes are that has no file of its own, such as in an archive."""
+
+    def read(self) -> bytes:
+        """Return the bytes of the picture file. OSError: they are not there any more."""
+        ...
 
 
 @dataclass(frozen=True)
 class ImageRecord:
     """One picture with its caption.
 
-    size: (width, height) in pixels, after the EXIF orientation. repeats: how often it counts in an epoch.
-    is_prior: a regularization picture. group: the name of the folder it came from. content_hash: SHA-256 of the file.
+    path: the file; with `data`, only the picture's name. size: (width, height) in pixels, after the EXIF orientation.
+    repeats: how often it counts in an epoch. is_prior: a regularization picture. group: the name of the folder it came
+    from. content_hash: SHA-256 of the file. dataset, subset: indexes of the rules that it follows, subsets counted over
+    all data sets. shard: number of the archive that it lies in, which one process alone reads; None: all read it.
     """
 
     path: Path
@@ -19,11 +31,23 @@ class ImageRecord:
     is_prior: bool = False
     group: str = ""
     content_hash: str = ""
+    dataset: int = 0
+    subset: int = 0
+    shard: int | None = None
+    data: PictureData | None = field(default=None, compare=False)
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """All that training depends on, and nothing about where the picture lies."""
+        return (
+            self.path.name, self.caption, self.size, self.repeats, self.is_prior, self.content_hash, self.dataset,
+            self.subset, self.shard,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Scan:
     """What a source found: the pictures, and plain sentences about them for the printed plan."""
 
-    records: list[ImageRecord]
-    notes: list[str] = field(default_factory=list)
+    records: Sequence[ImageRecord]
+    notes: Sequence[str] = field(default_factory=list)

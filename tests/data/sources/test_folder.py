@@ -179,3 +179,25 @@ def test_a_year_that_is_taken_for_repeats_is_said(
 ) -> None:
     picture(f"{name}/a.png")
     assert has_note(scan(tmp_path), name, "taken as the number of repeats", "rename") == is_doubted
+
+
+def test_folders_in_folders_follow_the_nearest_name_above_them(picture: MakePicture) -> None:
+    root = picture("set/top.png").parent
+    picture("set/plain/deep/one.png")
+    picture("set/20_sks dog/two.png")
+    picture("set/20_sks dog/closeups/three.png")
+    picture("set/20_sks dog/3_sks puppy/four.png")
+    picture("set/.hidden/five.png")
+    found = {
+        record.path.name: (record.caption, record.repeats, record.group)
+        for record in scan(root, caption="a thing", repeats=2, recursive=True).records
+    }
+    assert found == {
+        "top.png": ("a thing", 2, "set"),
+        "one.png": ("a thing", 2, "plain/deep"),
+        "two.png": ("sks dog", 20, "20_sks dog"),
+        "three.png": ("sks dog", 20, "20_sks dog/closeups"),
+        "four.png": ("sks puppy", 3, "20_sks dog/3_sks puppy"),
+    }
+    left_aside = scan(root / "plain" / "deep", caption="a thing", recursive=True)
+    assert [record.path.name for record in left_aside.records] == ["one.png"]

@@ -2,8 +2,10 @@
 
 Three layouts are understood: a folder of `N_identifier class` folders, one such folder itself, and a plain folder of
 pictures. In the first two, N is the number of repeats and the rest of the name is the caption of pictures without one.
+Asked for folders in folders, every one with pictures counts, by the rules of the nearest one named so above it.
 """
 
+import os
 import re
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ from lorasmith.data.images import (
 )
 from lorasmith.data.quality import MANY_REPEATS
 from lorasmith.data.records import ImageRecord, Scan
+from lorasmith.data.subsets import Subset
 from lorasmith.errors import UserError
 
 _DREAMBOOTH_NAME = re.compile(r"(\d*[1-9]\d*)_(.*\S.*)")
@@ -43,6 +46,20 @@ class Part:
     pictures: list[Path]
 
 
+def scan_subset(subset: Subset) -> Scan:
+    """Return a subset's pictures; see `scan`."""
+    return scan(
+        Path(subset.place),
+        caption=subset.caption,
+        caption_extension=subset.caption_extension,
+        repeats=subset.repeats,
+        is_prior=subset.is_prior,
+        skip_unreadable=subset.skip_unreadable,
+        all_lines=subset.captions.wildcards,
+        recursive=subset.recursive,
+    )
+
+
 def scan(
     folder: Path,
     *,
@@ -52,6 +69,7 @@ def scan(
     is_prior: bool = False,
     skip_unreadable: bool = False,
     all_lines: bool = False,
+    recursive: bool = False,
 ) -> Scan:
     """Return the pictures of a folder in any of the three layouts, sorted by folder and name, each decoded once.
 
@@ -61,13 +79,14 @@ def scan(
         repeats: for a plain folder; elsewhere the folders' names say it.
         is_prior: these are regularization pictures.
         all_lines: captions are all lines of their files, not the first one only.
+        recursive: take the pictures of all folders in it too, hidden ones not.
 
     Raises:
         UserError: no such folder, no pictures (says where there are some), unreadable pictures, caption files that are
             empty or not UTF-8, pictures without any caption.
     """
     require_folder(folder)
-    parts, notes = find_parts(folder, caption, repeats)
+    parts, notes = find_parts(folder, caption, repeats, recursive=recursive)
     if not any(part.pictures for part in parts):
         raise UserError(nothing_found(folder))
     accepted = accepted_extensions(caption_extension)
@@ -87,8 +106,12 @@ def scan(
     return Scan(records, notes + probe_notes + _unused_option_notes(parts, captions, caption, repeats))
 
 
-def find_parts(folder: Path, caption: str | None, repeats: int) -> tuple[list[Part], list[str]]:
+def find_parts(
+    folder: Path, caption: str | None, repeats: int, *, recursive: bool = False
+) -> tuple[list[Part], list[str]]:
     """Return the folders to use, and notes on what is left aside."""
+    if recursive:
+        return _parts_within(folder, caption, repeats), []
     name, direct, subfolders = folder.resolve().name, pictures_in(folder), _subfolders(folder)
     own = _DREAMBOOTH_NAME.fullmatch(name)
     named = {path: match for path in subfolders if (match := _DREAMBOOTH_NAME.fullmatch(path.name))}
@@ -96,10 +119,32 @@ def find_parts(folder: Path, caption: str | None, repeats: int) -> tuple[list[Pa
         parts = [_dreambooth_part(path, path.name, match) for path, match in named.items()]
         return parts, _parent_notes(folder, direct, [path for path in subfolders if path not in named])
     aside = {path: pictures_in(path) for path in subfolders} if direct else {}
-    notes = [f"{path.name}: {_count(found)} in this subfolder, not used" for path, found in aside.items() if found]
+    notes = [
+        f"{path.name}: {_count(found)} in this subfolder, not used; --recursive would use them"
+        for path, found in aside.items()
+        if found
+    ]
     if own:
         return [_dreambooth_part(folder, name, own)], notes
     return [Part(folder, name, repeats, caption, False, direct)], notes
+
+
+def _parts_within(folder: Path, caption: str | None, repeats: int) -> list[Part]:
+    """Return a part for each folder with pictures, however deep, sorted by path."""
+    parts, root = [], folder.resolve()
+    for place, inner, _ in os.walk(folder):
+        inner[:] = sorted(name for name in inner if not name.startswith("."))
+        pictures, path = pictures_in(Path(place)), Path(place).relative_to(folder)
+        if not pictures:
+            continue
+        names = reversed([root.name, *path.parts])
+        match = next((match for name in names if (match := _DREAMBOOTH_NAME.fullmatch(name))), None)
+        name = path.as_posix() if path.parts else root.name
+        if match:
+            parts.append(Part(Path(place), name, int(match[1]), match[2].strip(), True, pictures))
+        else:
+            parts.append(Part(Path(place), name, repeats, caption, False, pictures))
+    return parts
 
 
 def _dreambooth_part(folder: Path, name: str, match: re.Match[str]) -> Part:

@@ -1,25 +1,40 @@
-"""Captions from one metadata JSON, the fine-tuning ("captions") method of sd-scripts.
+"""Captions from one metadata file, JSON or JSONL, the fine-tuning ("captions") method of sd-scripts.
 
     {"0001": {"caption": "a cat on a sofa", "tags": "cat, sofa"}, "sub/0002.png": {"tags": "dog"}}
 
-A key is a picture's path, absolute or in the image folder, with or without the extension.
+A key is a picture's path, absolute or in the image folder, with or without the extension; or its name alone, also of a
+picture in a folder inside, if no other there is called so.
 """
 
-import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
 
+from lorasmith.data import metadata_files
 from lorasmith.data.caption_files import listed
-from lorasmith.data.images import extensions, pictures_in, probe_all, require_folder
+from lorasmith.data.images import pictures_in, probe_all, require_folder
+from lorasmith.data.metadata_files import Entry
 from lorasmith.data.records import ImageRecord, Scan
+from lorasmith.data.subsets import Subset
 from lorasmith.errors import UserError
+
+
+def scan_subset(subset: Subset) -> Scan:
+    """Return a subset's pictures; see `scan`."""
+    assert subset.metadata is not None
+    return scan(
+        subset.metadata,
+        Path(subset.place),
+        caption=subset.caption,
+        repeats=subset.repeats,
+        skip_unreadable=subset.skip_unreadable,
+    )
 
 
 def scan(
     metadata: Path, folder: Path, *, caption: str | None = None, repeats: int = 1, skip_unreadable: bool = False
 ) -> Scan:
-    """Return the pictures named in a metadata JSON, with `caption, tags` as caption, sorted by path, each decoded once.
+    """Return the pictures named in a metadata file, with `caption, tags` as caption, sorted by path, each decoded once.
 
     Args:
         folder: where the pictures lie.
@@ -27,13 +42,15 @@ def scan(
         repeats: how often each picture counts in an epoch (sd-scripts: dataset_repeats).
 
     Raises:
-        UserError: the JSON is missing, broken (with line and column) or of another form; no key has a picture, several
+        UserError: the file is missing, broken (with line and column) or of another form; no key has a picture, several
             keys have the same one, one key has several; pictures without any caption; unreadable pictures.
     """
     require_folder(folder)
-    entries = _read(metadata)
-    pictures = _find_pictures(metadata, folder, entries)
-    texts = {picture: _text(metadata, key, entries[key]) for key, picture in pictures.items()}
+    entries = metadata_files.read(metadata)
+    pictures = find_pictures(metadata, entries, folder)
+    if not pictures:
+        raise UserError(_nothing_found(metadata, entries, folder))
+    texts = {picture: entries[key].text for key, picture in pictures.items()}
     uncaptioned = [picture for picture, text in texts.items() if not text]
     if uncaptioned and caption is None:
         raise UserError(
@@ -56,106 +73,111 @@ def scan(
     return Scan(records, notes + probe_notes)
 
 
-def _read(metadata: Path) -> dict[str, Any]:
-    try:
-        entries = json.loads(metadata.read_bytes().decode("utf-8-sig"), object_pairs_hook=_unique(metadata))
-    except OSError as error:
-        raise UserError(f"the metadata JSON {metadata} cannot be opened ({error.strerror}); check the path.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{metadata} is not UTF-8 (byte {error.start}); save it again as UTF-8.") from error
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{metadata} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}; mend it there."
-        ) from error
-    if not isinstance(entries, dict) or not entries:
-        raise UserError(
-            f'{metadata} must hold an object with an entry for each picture, like {{"0001": {{"caption": "a cat"}}}}; '
-            f"it holds {'nothing' if not entries else f'a {type(entries).__name__}'}."
-        )
-    return entries
+def find_pictures(metadata: Path, entries: Mapping[str, Entry], folder: Path) -> dict[str, Path]:
+    """Return the picture of each key that has one in a folder.
 
-
-def _unique(metadata: Path) -> Any:
-    """Return a hook for json that refuses a key given twice, of which json would silently drop the first."""
-
-    def build(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        built = dict(pairs)
-        if len(built) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = sorted({key for key in keys if keys.count(key) > 1})
-            raise UserError(f"{metadata} has the same key more than once: {', '.join(twice)}; keep one entry of each.")
-        return built
-
-    return build
-
-
-def _text(metadata: Path, key: str, entry: Any) -> str:
-    """Return an entry's `caption, tags`; tags may be a text or a list of texts."""
-    expected = f'{metadata}, key "{key}": expected an object such as {{"caption": "a cat", "tags": "cat, sofa"}}'
-    if not isinstance(entry, dict):
-        raise UserError(f"{expected}, found {entry!r}.")
-    caption, tags = entry.get("caption") or "", entry.get("tags") or ""
-    if isinstance(tags, list) and all(isinstance(tag, str) for tag in tags):
-        tags = ", ".join(tags)
-    if not isinstance(caption, str) or not isinstance(tags, str):
-        raise UserError(f"{expected}, found caption = {caption!r} and tags = {tags!r}.")
-    return ", ".join(part.strip() for part in (caption, tags) if part.strip())
-
-
-def _find_pictures(metadata: Path, folder: Path, entries: Mapping[str, Any]) -> dict[str, Path]:
-    """Return the picture of each key that has one."""
-    stems: dict[Path, dict[str, list[Path]]] = {}
+    Raises:
+        UserError: a key has several pictures, or a picture several keys.
+    """
+    finder = _Finder(folder)
     pictures: dict[str, Path] = {}
     owners: dict[Path, str] = {}
-    for key in entries:
-        picture = _find_picture(metadata, folder, key, stems)
-        if picture is None:
+    for key, entry in entries.items():
+        found = finder.find(key)
+        if not found:
             continue
-        same = picture.resolve()
+        where = f"{metadata}, line {entry.line}"
+        if len(found) > 1:
+            names = " and ".join(path.relative_to(folder).as_posix() for path in found)
+            what = "its folder" if len({path.parent for path in found}) > 1 else "the extension"
+            raise UserError(f'{where}: the key "{key}" fits {names}; write it with {what}.')
+        (picture,) = found
+        same = finder.resolved(picture)
         if same in owners:
-            raise UserError(f'{metadata}: the keys "{owners[same]}" and "{key}" both mean {picture}; keep one of them.')
+            first = owners[same]
+            raise UserError(
+                f'{where}: the keys "{first}" and "{key}" both mean {picture} (the first one is in line '
+                f"{entries[first].line}); keep one of them."
+            )
         owners[same], pictures[key] = key, picture
-    if not pictures:
-        beside = [path.name for path in pictures_in(folder)]
-        example = f"e.g. {beside[0]}" if beside else "none of them directly in it"
-        raise UserError(
-            f'none of the {len(entries)} keys of {metadata} (e.g. "{next(iter(entries))}") has a picture in {folder} '
-            f"({len(beside)} pictures, {example}); a key is a picture's path, absolute or in that folder, with or "
-            "without its extension. Give the folder the keys were made for."
-        )
     return pictures
 
 
-def _find_picture(metadata: Path, folder: Path, key: str, stems: dict[Path, dict[str, list[Path]]]) -> Path | None:
-    """Return the picture of one key: the path itself, in the folder, or there by its name alone if it was absolute."""
-    if PurePosixPath(key).is_absolute() or PureWindowsPath(key).is_absolute():
-        candidates = [Path(key), folder / PureWindowsPath(key).name]  # the second: written on another machine
-    else:
-        candidates = [folder / key.replace("\\", "/")]
-    for path in candidates:
-        if path.suffix.lower() in extensions() and path.is_file():
-            return path
-        matches = _by_stem(path.parent, stems).get(path.name, [])
-        if len(matches) > 1:
-            names = " and ".join(match.name for match in matches)
-            raise UserError(f'{metadata}: the key "{key}" fits {names}; write it with the extension.')
-        if matches:
-            return matches[0]
-    return None
+class _Finder:
+    """Finds pictures by keys; each folder is listed once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._listed: dict[Path, dict[str, list[Path]]] = {}
+        self._resolved: dict[Path, Path] = {}
+        self._below: dict[str, list[Path]] | None = None
+
+    def find(self, key: str) -> list[Path]:
+        """Return the pictures that a key may mean: none, one, or several."""
+        for path in self._candidates(key):
+            if found := self._in(path.parent).get(path.name):
+                return found
+        name = PureWindowsPath(key).name
+        return self._in_all_below().get(name, []) if name == key or _is_absolute(key) else []
+
+    def resolved(self, picture: Path) -> Path:
+        """Return the path without links to folders, the same for each way to write it."""
+        folder = picture.parent
+        if folder not in self._resolved:
+            self._resolved[folder] = folder.resolve()
+        return self._resolved[folder] / picture.name
+
+    def _candidates(self, key: str) -> Iterator[Path]:
+        """Return where the picture of a key may lie; one that is absolute may be from another machine."""
+        if not _is_absolute(key):
+            yield self._folder / key.replace("\\", "/")
+            return
+        yield Path(key)
+        parts = PureWindowsPath(key).parts[1:]
+        for number in range(len(parts)):
+            yield self._folder.joinpath(*parts[number:])
+
+    def _in(self, folder: Path) -> dict[str, list[Path]]:
+        """Return a folder's pictures by their names, and by these without the extension."""
+        if folder not in self._listed:
+            self._listed[folder] = _by_name(pictures_in(folder) if folder.is_dir() else [])
+        return self._listed[folder]
+
+    def _in_all_below(self) -> dict[str, list[Path]]:
+        if self._below is None:
+            pictures: list[Path] = []
+            for place, inner, _ in os.walk(self._folder):
+                inner[:] = sorted(name for name in inner if not name.startswith("."))
+                pictures += pictures_in(Path(place))
+            self._below = _by_name(pictures)
+        return self._below
 
 
-def _by_stem(folder: Path, stems: dict[Path, dict[str, list[Path]]]) -> dict[str, list[Path]]:
-    """Return a folder's pictures by their names without extension; each folder is listed once."""
-    if folder not in stems:
-        found: dict[str, list[Path]] = {}
-        for path in pictures_in(folder) if folder.is_dir() else []:
-            found.setdefault(path.stem, []).append(path)
-        stems[folder] = found
-    return stems[folder]
+def _by_name(pictures: Sequence[Path]) -> dict[str, list[Path]]:
+    by_stem: dict[str, list[Path]] = {}
+    by_name: dict[str, list[Path]] = {}
+    for path in pictures:
+        by_stem.setdefault(path.stem, []).append(path)
+        by_name.setdefault(path.name, []).append(path)
+    return by_stem | by_name
+
+
+def _is_absolute(key: str) -> bool:
+    return PurePosixPath(key).is_absolute() or PureWindowsPath(key).is_absolute()
+
+
+def _nothing_found(metadata: Path, entries: Mapping[str, Entry], folder: Path) -> str:
+    beside = [path.name for path in pictures_in(folder)]
+    example = f"e.g. {beside[0]}" if beside else "none of them directly in it"
+    return (
+        f'none of the {len(entries)} keys of {metadata} (e.g. "{next(iter(entries))}") has a picture in {folder} '
+        f"({len(beside)} pictures, {example}); a key is a picture's path, absolute or in that folder, with or "
+        "without its extension. Give the folder the keys were made for."
+    )
 
 
 def _notes(
-    metadata: Path, folder: Path, entries: Mapping[str, Any], pictures: Mapping[str, Path], repeats: int
+    metadata: Path, folder: Path, entries: Mapping[str, Entry], pictures: Mapping[str, Path], repeats: int
 ) -> list[str]:
     times = "once" if repeats == 1 else f"{repeats} times"
     notes = [f"{metadata.name}: {len(pictures)} pictures of {folder}, each {times} an epoch"]

@@ -1,0 +1,88 @@
+"""What is trained on, as the command line or a dataset file says it: data sets, made of subsets with own rules.
+
+A data set decides shapes and batch size; a subset decides where pictures come from and what becomes of them and of
+their captions. The words are sd-scripts' (`[[datasets]]`, `[[datasets.subsets]]`).
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from lorasmith.data.buckets import Buckets, Size
+from lorasmith.data.captions import CaptionOptions
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How pictures vary; see `images.prepare`."""
+
+    flip: bool = False
+    colour: bool = False
+    random_crop: bool = False
+    face_portions: tuple[float, float] | None = None
+
+    @property
+    def has_still_faces(self) -> bool:
+        """Whether nothing is random about crops around faces, so that they belong to the plan."""
+        ends = self.face_portions
+        return ends is not None and ends[0] == ends[1] and not self.random_crop
+
+    @property
+    def changing(self) -> list[str]:
+        """The options that are on and give other pixels each time, so that they cannot be cached; a mirror can."""
+        moving_faces = self.face_portions is not None and self.face_portions[0] != self.face_portions[1]
+        are_on = {"color": self.colour, "random_crop": self.random_crop, "face_crop_aug_range": moving_faces}
+        return [name for name, is_on in are_on.items() if is_on]
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Pictures from one place, and the rules for them.
+
+    source: a plug of `data/sources`. place: its folder, pattern or hub id. metadata: a file with their captions.
+    caption: of pictures that have none of their own. recursive: also folders in folders. all_lines: captions are all
+    lines of their files. alpha_color: what is seen through transparent pictures.
+    """
+
+    place: str = ""
+    source: str = "folder"
+    metadata: Path | None = None
+    is_prior: bool = False
+    repeats: int = 1
+    caption: str | None = None
+    caption_extension: str | None = None
+    recursive: bool = False
+    skip_unreadable: bool = False
+    alpha_color: str = "white"
+    captions: CaptionOptions = field(default_factory=CaptionOptions)
+    augmentation: Augmentation = field(default_factory=Augmentation)
+
+    def for_run_of(self, total_steps: int) -> "Subset":
+        """Return the subset with a token warm-up given as a share of the run told in steps."""
+        warmup = self.captions.token_warmup_steps
+        steps = warmup if warmup >= 1 else math.floor(warmup * total_steps)
+        return replace(self, captions=replace(self.captions, token_warmup_steps=steps))
+
+    @property
+    def placeless(self) -> "Subset":
+        """The subset without where it lies and how it is read, which a resumed run may change."""
+        return replace(self, place="", metadata=None, skip_unreadable=False)
+
+
+@dataclass(frozen=True)
+class DatasetRules:
+    """One data set: subsets that share shapes and batch size.
+
+    resolution: (width, height) in pixels of every picture, or with `buckets` the area of their shapes. batch_size:
+    pictures per process and micro-batch.
+    """
+
+    subsets: tuple[Subset, ...]
+    resolution: Size = (512, 512)
+    buckets: Buckets | None = None
+    batch_size: int = 1
+
+    @property
+    def changing_augmentations(self) -> list[str]:
+        """The augmentations of any subset that forbid to cache the data set's latents."""
+        return list(dict.fromkeys(name for subset in self.subsets for name in subset.augmentation.changing))
