@@ -41,7 +41,8 @@ class Subset:
 
     source: a plug of `data/sources`. place: its folder, pattern or hub id. metadata: a file with their captions.
     caption: of pictures that have none of their own. recursive: also folders in folders. all_lines: captions are all
-    lines of their files. alpha_color: what is seen through transparent pictures.
+    lines of their files. alpha_color: what is seen through transparent pictures. masks: folder of pictures that say how
+    much each place is learned; see `data/masks.py`. alpha_mask: the pictures' own transparency says that.
     """
 
     place: str = ""
@@ -54,6 +55,8 @@ class Subset:
     recursive: bool = False
     skip_unreadable: bool = False
     alpha_color: str = "white"
+    masks: Path | None = None
+    alpha_mask: bool = False
     captions: CaptionOptions = field(default_factory=CaptionOptions)
     augmentation: Augmentation = field(default_factory=Augmentation)
 
@@ -66,7 +69,7 @@ class Subset:
     @property
     def placeless(self) -> "Subset":
         """The subset without where it lies and how it is read, which a resumed run may change."""
-        return replace(self, place="", metadata=None, skip_unreadable=False)
+        return replace(self, place="", metadata=None, masks=None, skip_unreadable=False)
 
 
 @dataclass(frozen=True)
