@@ -124,3 +124,40 @@ def test_unreadable_pictures_stop_or_are_left_out(tmp_path: Path, picture: MakeP
     with pytest.raises(UserError, match=r"1 of 2 pictures cannot be read[\s\S]*b\.png"):
         scan(metadata, tmp_path)
     assert captions(scan(metadata, tmp_path, skip_unreadable=True)) == {"a.png": "x"}
+
+
+def test_lines_and_an_object_give_the_same(tmp_path: Path, picture: MakePicture) -> None:
+    for name in ("a.png", "sub/b.jpg"):
+        picture(name)
+    lines = tmp_path / "meta.jsonl"
+    lines.write_text('{"image_path": "a.png", "tags": "x"}\n\n{"image_key": "sub/b", "caption": "y"}\n', "utf-8")
+    expected = scan(write(tmp_path, {"a": {"tags": "x"}, "sub/b.jpg": {"caption": "y"}}), tmp_path)
+    assert scan(lines, tmp_path).records == expected.records
+    lines.write_text('{"image_path": "a.png", "tags": "x"}\n{"image_key": "a", "caption": "y"}\n', "utf-8")
+    with pytest.raises(UserError, match=r'jsonl, line 2: the keys "a.png" and "a" both mean .*\(.* in line 1\)'):
+        scan(lines, tmp_path)
+
+
+def test_a_bare_name_finds_its_picture_in_folders_inside_if_there_is_one(tmp_path: Path, picture: MakePicture) -> None:
+    for name in (
+        "i/x/one.png",
+        "i/y/two.png",
+        "i/z/two.png",
+        "i/two.png",
+        "i/x/three.png",
+        "i/y/three.png",
+        "i/.h/h.png",
+    ):
+        picture(name)
+    folder = tmp_path / "i"
+    keys = {"one": {"tags": "1"}, "two": {"tags": "2"}, "/elsewhere/z/two.png": {"tags": "3"}, "h": {"tags": "4"}}
+    result = scan(write(tmp_path, keys), folder)
+    assert {record.path.relative_to(folder).as_posix(): record.caption for record in result.records} == {
+        "x/one.png": "1", "two.png": "2", "z/two.png": "3",
+    }  # fmt: skip
+    with pytest.raises(
+        UserError, match=r'line 1: the key "three" fits .*x.three\.png and .*; write it with its folder'
+    ):
+        scan(write(tmp_path, {"three": {"tags": "x"}}), folder)
+    with pytest.raises(UserError, match="none of the 1 keys"):  # a folder that is not there is not guessed
+        scan(write(tmp_path, {"gone/one.png": {"tags": "x"}}), folder)

@@ -88,8 +88,9 @@ def find_pictures(metadata: Path, entries: Mapping[str, Entry], folder: Path) ->
             continue
         where = f"{metadata}, line {entry.line}"
         if len(found) > 1:
-            names = " and ".join(path.relative_to(folder).as_posix() for path in found)
-            what = "its folder" if len({path.parent for path in found}) > 1 else "the extension"
+            is_one_folder = len({path.parent for path in found}) == 1
+            names = " and ".join(path.name if is_one_folder else str(path) for path in found)
+            what = "the extension" if is_one_folder else "its folder"
             raise UserError(f'{where}: the key "{key}" fits {names}; write it with {what}.')
         (picture,) = found
         same = finder.resolved(picture)
