@@ -125,7 +125,7 @@ def test_the_first_loss_that_is_not_finite_stops_the_run(
         (["--precision", "fp16"], "needs a GPU"),
         (["--resolution", "100"], "multiple of 8"),
         (["--steps", "1", "--epochs", "1"], "steps and epochs"),
-        (["--cache-latents", "--flip"], "cache_latents"),
+        (["--cache-latents", "--color"], "cache_latents"),
         (["--output", "/proc/nowhere"], "cannot be written"),
         (["--resume", "nowhere"], "no such folder"),
         (["--rnak", "3"], "did you mean"),

@@ -465,7 +465,7 @@ def test_weights_with_nan(place: Path, tmp_path: Path, refused: Refused) -> None
             ["prompts are given, but nothing draws them", "sample_every_steps"],
         ),
         (["--cache-latents", "--color"], ["cache_latents keeps each picture as it is, but color", "leave out"]),
-        (["--cache-latents", "--flip", "--random-crop"], ["but flip and random_crop"]),
+        (["--cache-latents", "--color", "--random-crop"], ["but color and random_crop"]),
         (["--buckets", "--bucket-min", "512", "--bucket-max", "256"], ["bucket_min = 512", "swap them"]),
         (["--buckets", "--bucket-step", "60"], ["bucket_step = 60 is not a multiple of 8"]),
         (["--buckets"], ["the resolution is 64x64, but the sides of buckets go from 256", "leave buckets off"]),

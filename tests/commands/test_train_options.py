@@ -347,7 +347,22 @@ def test_an_augmentation_changes_the_pictures(place: Place, option: str) -> None
     assert distance(plain, place.train(*whole_epoch)) < 1e-3
     augmented = place.train(*whole_epoch, option)
     assert distance(augmented, plain) > 1e-2
-    assert "encoded anew for every step" in augmented.plan and "cached in memory" in place.train().plan
+    assert ("mirrored ones too, for flip" if option == "--flip" else "encoded anew for every step") in augmented.plan
+    assert "cached in memory" in place.train().plan and "mirrored" not in place.train().plan
+
+
+def test_cached_mirror_images_teach_what_mirrored_pictures_do(place: Place) -> None:
+    whole_epoch = ["--batch-size", 3, "--train", "unet", "--flip"]
+    assert distance(place.train(*whole_epoch), place.train(*whole_epoch, "--no-cache-latents")) < 1e-3
+
+
+def test_folders_in_folders_are_used_when_asked_for(place: Place) -> None:
+    top = write_pictures(place.path / "nested", {0: "sks thing, red"})
+    write_pictures(top / "more", {3: "sks thing, blue"})
+    write_pictures(top / "more" / "2_sks other", {1: None, 2: None})
+    assert place.train("--dry-run", images=top).plan.count("not used; --recursive would use them") == 1
+    plan = place.train("--dry-run", "--recursive", images=top).plan
+    assert "epochs of 6 samples" in plan and '"sks other" (2 pictures)' in plan
 
 
 def test_regularization_counts_as_much_as_its_weight(place: Place) -> None:
