@@ -17,7 +17,7 @@ def steps_in(path: Path) -> list[int]:
 def write(path: Path, num_steps: int) -> bytes:
     log = LossLog(path, done=0)
     for step in range(1, num_steps + 1):
-        log.append(step, 1 / step, 1e-4 * step)
+        log.append(step, 1 / step, lr=1e-4 * step)
     log.close()
     return path.read_bytes()
 
@@ -33,7 +33,7 @@ def test_what_is_appended_is_read_back_to_the_last_bit(tmp_path: Path) -> None:
 def test_a_step_is_in_the_file_before_the_next_one_begins(tmp_path: Path) -> None:
     log = LossLog(tmp_path / "loss.jsonl", done=0)
     for step in (1, 2, 3):
-        log.append(step, 0.5, 1e-4)
+        log.append(step, 0.5, lr=1e-4)
         assert steps_in(tmp_path / "loss.jsonl") == list(range(1, step + 1))
     log.close()
 
@@ -45,7 +45,7 @@ def test_a_resumed_log_drops_later_steps_and_keeps_the_bytes_of_earlier_ones(tmp
     log = LossLog(path, done=done)
     assert path.read_bytes() == b"".join(lines[:done])
     assert [step for step, _ in log.losses] == list(range(1, done + 1))
-    log.append(done + 1, 9.0, 1e-4)
+    log.append(done + 1, 9.0, lr=1e-4)
     log.close()
     assert path.read_bytes().startswith(b"".join(lines[:done]))
     assert steps_in(path) == list(range(1, done + 2))
@@ -60,7 +60,7 @@ def test_a_log_cut_anywhere_loses_at_most_the_line_that_was_cut(
     path.write_bytes(whole[:cut])
     num_whole = whole[:cut].count(b"\n")
     log = LossLog(path, done=done)
-    log.append(done + 1, 0.25, 1e-4)
+    log.append(done + 1, 0.25, lr=1e-4)
     log.close()
     assert steps_in(path) == [*range(1, min(num_whole, done) + 1), done + 1]
 

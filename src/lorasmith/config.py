@@ -332,6 +332,25 @@ class TrainingSection(Section):
     )
 
 
+class ValidationSection(Section):
+    """Pictures that are held out, to see whether what was learned holds for pictures that were not trained."""
+
+    validation_split: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="Share of the training pictures that is held out and never trained on."
+    )
+    validation_seed: Annotated[int, Field(ge=0)] | None = Field(
+        default=None, description="Another number holds out other pictures; left out, the run's seed."
+    )
+    validate_every_epochs: PositiveInt | None = Field(
+        default=None, description="Measure the loss of the held-out pictures every n epochs."
+    )
+    validate_every_steps: PositiveInt | None = Field(
+        default=None,
+        description="Measure it every n steps; left out together with epochs: after each epoch. At the start and the "
+        "end it is always measured.",
+    )
+
+
 class SaveSection(Section):
     """Where results go and what the file says of itself."""
 
@@ -406,6 +425,7 @@ class TrainConfig(Section):
     data: DataSection = Field(default_factory=DataSection)
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
     training: TrainingSection = Field(default_factory=TrainingSection)
+    validation: ValidationSection = Field(default_factory=ValidationSection)
     save: SaveSection = Field(default_factory=SaveSection)
     samples: SampleSection = Field(default_factory=SampleSection)
     log: LogSection = Field(default_factory=LogSection)
@@ -485,6 +505,11 @@ def contradictions(cfg: TrainConfig) -> list[str]:
             data.images
             and data.regularization
             and os.path.realpath(data.images) == os.path.realpath(data.regularization)
+        ),
+        "validation_seed, validate_every_epochs and validate_every_steps are for held-out pictures, but "
+        "validation_split, their share, is missing; give it, or leave the others out": (
+            not cfg.validation.validation_split
+            and any(_is_changed(cfg.validation, name) for name in type(cfg.validation).model_fields)
         ),
         "resume goes on with a run, but overwrite starts afresh; leave out one of them": (
             cfg.resume and cfg.save.overwrite
@@ -644,6 +669,22 @@ def build(command: type[_Config], given: Mapping[str, Any], file: Path | None = 
         name = _name_in_file(file, text, place, merged) if is_in_file else _name_of_flag(place, merged)
         lines.append(f"{name}: {reason}" if name else reason)
     raise UserError("\n".join(lines))
+
+
+def checked(command: type[Section], option: Option, value: Any) -> Any:
+    """Return the value of one option, converted.
+
+    Raises:
+        UserError: says what was expected instead, and nothing else.
+    """
+    section = command.model_fields[option.section].annotation
+    assert isinstance(section, type) and issubclass(section, Section)
+    if _is_misread(option, {option.section: {option.name: value}}):
+        raise UserError(_expectation(option))
+    try:
+        return getattr(section.model_validate({option.name: value}), option.name)
+    except ValidationError as error:
+        raise UserError(_reason(command, option.place, error.errors(include_url=False)[0])) from None
 
 
 def load_toml(path: Path) -> dict[str, Any]:

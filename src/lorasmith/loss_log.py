@@ -1,4 +1,4 @@
-"""The loss of every step as JSON lines: the record that the report, the resume and other programs read."""
+"""Losses as JSON lines: the record that the report, the resume and other programs read."""
 
 import json
 import os
@@ -20,8 +20,9 @@ class LossLog:
         self._file = path.open("a", encoding="utf-8", buffering=1)
         self.losses: list[tuple[int, float]] = [(step, json.loads(line)["loss"]) for step, line in kept]
 
-    def append(self, step: int, loss: float, lr: float) -> None:
-        self._file.write(json.dumps({"step": step, "loss": loss, "lr": lr}) + "\n")
+    def append(self, step: int, loss: float, **facts: float) -> None:
+        """Write a line; `facts` are further numbers, such as lr, the learning rate."""
+        self._file.write(json.dumps({"step": step, "loss": loss, **facts}) + "\n")
         self.losses.append((step, loss))
 
     def close(self) -> None:

@@ -32,6 +32,10 @@ class OutputFolder:
         return self.path / "logs" / "loss.jsonl"
 
     @property
+    def validation_log(self) -> Path:
+        return self.path / "logs" / "validation.jsonl"
+
+    @property
     def tensorboard(self) -> Path:
         return self.path / "logs" / "tensorboard"
 

@@ -20,6 +20,8 @@ code { background: #eeeee8; padding: .1rem .3rem; border-radius: 4px; overflow-w
 .settings { columns: 2; column-gap: 2rem }
 .settings table { width: 100%; break-inside: avoid; margin-bottom: 1rem }
 """
+_VALIDATION = """ The held-out pictures are measured with the same noise every time: where their loss begins to rise while
+the other still falls, the pictures are being learned by heart, and an earlier file may be the better one."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class ReportContents:
 
     summary: plain sentences for the top. settings: section -> option -> value. losses: (step, loss), steps from 1.
     before, after: pictures of `prompts` without and with the LoRA, in their order. norms: module name -> Frobenius
-    norm of its delta. files: (file name, what it is for).
+    norm of its delta. files: (file name, what it is for). validation: (step, loss) of the held-out pictures.
     """
 
     title: str
@@ -37,6 +39,7 @@ class ReportContents:
     losses: Sequence[tuple[int, float]]
     norms: Mapping[str, float]
     files: Sequence[tuple[str, str]]
+    validation: Sequence[tuple[int, float]] = field(default_factory=list)
     prompts: Sequence[str] = field(default_factory=list)
     before: Sequence[Image.Image] = field(default_factory=list)
     after: Sequence[Image.Image] = field(default_factory=list)
@@ -45,7 +48,7 @@ class ReportContents:
 def write_report(folder: Path, contents: ReportContents) -> Path:
     """Write the report into `folder` and return its page, `index.html`."""
     folder.mkdir(parents=True, exist_ok=True)
-    _draw_losses(folder / "loss.png", contents.losses)
+    _draw_losses(folder / "loss.png", contents.losses, contents.validation)
     _draw_norms(folder / "norms.png", norms_by_block(contents.norms))
     if contents.after:
         rows = [("before", contents.before)] if contents.before else []
@@ -90,11 +93,15 @@ def _block_order(block: str) -> tuple[int, list[int]]:
     return ["text", "down", "mid", "up"].index(kind), [int(number) for number in place.split(".") if number]
 
 
-def _draw_losses(path: Path, losses: Sequence[tuple[int, float]]) -> None:
+def _draw_losses(
+    path: Path, losses: Sequence[tuple[int, float]], validation: Sequence[tuple[int, float]] = ()
+) -> None:
     figure, axes = _figure(9, 3.2)
     steps, values = [step for step, _ in losses], [loss for _, loss in losses]
     axes.plot(steps, values, color="#c9c9c0", linewidth=0.7, label="each step")
     axes.plot(steps, smooth(values), color="#2f6f6f", linewidth=1.8, label="smoothed")
+    if validation:
+        axes.plot(*zip(*validation, strict=True), color="#b9772f", linewidth=1.8, marker=".", label="held-out pictures")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
@@ -135,7 +142,7 @@ def _page(contents: ReportContents) -> str:
 <h2>Which file to use where</h2>{_table(contents.files)}
 {samples}
 <h2>Loss</h2>
-<p>Diffusion losses are noisy: each step sees other noise levels. Look at the trend, and judge by the samples.</p>
+<p>Diffusion losses are noisy: each step sees other noise levels. Look at the trend, and judge by the samples.{_VALIDATION if contents.validation else ""}</p>
 <img src="loss.png" alt="loss over steps">
 <h2>What was learned where</h2>
 <p>Norm of the weight update per block (text encoder, then U-Net). All zero means nothing was learned.</p>

@@ -18,7 +18,7 @@ CHANGEABLE = {
     "save_every_epochs", "save_every_steps", "state_every_steps", "keep_states", "format", "save_precision",
     "title", "author", "description", "license", "tags", "trigger_phrase", "comment", "share_captions",
     "prompts", "sample_every_steps", "sample_every_epochs", "before_after", "negative", "sample_size", "sample_steps",
-    "guidance", "sample_seed", "tensorboard", "progress",
+    "guidance", "sample_seed", "tensorboard", "progress", "validate_every_epochs", "validate_every_steps",
 }  # fmt: skip
 
 

@@ -75,7 +75,7 @@ class Stepper:
         is_fp16: bool,
     ) -> None:
         self._model, self._parameters, self._optimizer = model, list(parameters), optimizer
-        self._processes, self._encode, self._max_grad_norm = processes, encode, max_grad_norm
+        self._processes, self.encode, self._max_grad_norm = processes, encode, max_grad_norm
         self._base_rates = [group["lr"] for group in optimizer.param_groups]
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=is_fp16)
 
@@ -107,7 +107,7 @@ class Stepper:
         self._optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), dtype=torch.float64)
         for batch in batches:
-            loss = weighted_loss(self._model, batch, self._encode)
+            loss = weighted_loss(self._model, batch, self.encode)
             total += loss.detach().double().cpu()
             self.scaler.scale(loss).backward()
         return total.item()

@@ -32,7 +32,7 @@ from lorasmith.data.captions import CaptionOptions
 from lorasmith.data.dataset import Dataset, Posteriors, plain_pixels, read_ahead
 from lorasmith.data.gathering import Gathered, gather
 from lorasmith.data.images import set_pixel_limit
-from lorasmith.data.plan import Plan, build_plan
+from lorasmith.data.plan import Plan, build_plan, validation_plan
 from lorasmith.data.records import ImageRecord
 from lorasmith.data.subsets import Augmentation, DatasetRules, Subset
 from lorasmith.errors import UserError
@@ -64,6 +64,7 @@ from lorasmith.training_state import (
     save_state,
     step_of,
 )
+from lorasmith.validation import validation_loss
 
 _DEFAULT_STEPS = 1600  # the document's scripts' own
 _NUM_DEFAULT_PROMPTS = 2
@@ -97,6 +98,7 @@ class Preparation:
     subsets: list[Subset]
     notes: list[str]
     plan: Plan
+    validation: Plan | None
     total_steps: int
     prompts: list[str]
     cached: list[bool]  # of each data set, whether its latents are
@@ -168,9 +170,15 @@ def prepare(cfg: TrainConfig, processes: Processes, state: State | None) -> Prep
     return Preparation(
         facts, precision, shapes, rank, alpha, resolution, datasets, gathered.records, gathered.crops,
         [subset.for_run_of(total_steps) for subset in gathered.subsets],
-        [*gathered.notes, *_cut_notes(cfg, gathered), *plan.notes], plan, total_steps, _prompts(cfg, gathered),
+        [*gathered.notes, *_cut_notes(cfg, gathered), *plan.notes],
+        plan, validation_plan(plan, gathered.records, seed=_validation_seed(cfg)), total_steps, _prompts(cfg, gathered),
         [_caches_latents(cfg, dataset) for dataset in datasets], fingerprint, state,
     )  # fmt: skip
+
+
+def _validation_seed(cfg: TrainConfig) -> int:
+    seed = cfg.validation.validation_seed
+    return cfg.training.seed if seed is None else seed
 
 
 def _caches_latents(cfg: TrainConfig, dataset: DatasetRules) -> bool:
@@ -259,6 +267,7 @@ class _Session:
         self.started_at = now() if self.state is None else self.state.facts.started_at
         self.done = 0 if self.state is None else self.state.facts.step
         self.losses: LossLog | None = None
+        self.validation_losses: LossLog | None = None
         self.samples: SamplesFolder | None = None
         self.board: Any = None
 
@@ -271,6 +280,8 @@ class _Session:
                     self._open_folder(stack)
                 if self.done == 0 and self.cfg.samples.before_after:
                     self._draw()
+            if self.done == 0 or self._is_validation_due():  # maybe stopped before it could be measured
+                self._validate(dataset)
             stop = stack.enter_context(StopRequest(_STOPPING if is_main else ""))
             try:
                 is_stopped = self._loop(dataset, stop)
@@ -302,12 +313,42 @@ class _Session:
                     if processes.is_main:
                         self._log(result.loss, rate)
                     progress.advance(result.loss)
+                if result.stop_signal is None and self._is_validation_due():
+                    progress.say(self._validate(dataset))
+                with processes.together():
                     if result.stop_signal is None:
                         self._save_and_draw_when_due(progress.say)
                 if result.stop_signal is not None:
                     stop.signal_number = result.stop_signal  # maybe another process's
                     return self.done < total
         return False
+
+    def _is_validation_due(self) -> bool:
+        if self.ready.validation is None:
+            return False
+        validation, done = self.cfg.validation, self.done
+        periods = [
+            validation.validate_every_steps,
+            validation.validate_every_epochs and validation.validate_every_epochs * self.ready.plan.steps_per_epoch,
+        ]
+        if not any(periods):
+            periods = [self.ready.plan.steps_per_epoch]
+        return done == self.ready.total_steps or any(period and done % period == 0 for period in periods)
+
+    def _validate(self, dataset: Dataset) -> str:
+        """Measure and log the loss of the held-out pictures, if there are any; return what to say of it."""
+        plan = self.ready.validation
+        if plan is None:
+            return ""
+        loss = validation_loss(
+            self.model, plan, dataset.held_out(plan), self.processes, self.stepper.encode,
+            workers=self.cfg.data.workers,
+        )  # fmt: skip
+        if (log := self.validation_losses) is not None and self.done not in dict(log.losses):
+            log.append(self.done, loss)
+            if self.board is not None:
+                self.board.add_scalar("loss/validation", loss, self.done)
+        return f"held-out pictures after step {self.done}: loss {loss:.4f}"
 
     def _way_on(self) -> str:
         """Name the last whole state and the command that goes on from it more carefully; "" if there is none.
@@ -388,6 +429,9 @@ class _Session:
             path.write_text(config.dump_toml(_anywhere(stored)), encoding="utf-8")
         self.losses = LossLog(self.folder.loss_log, done=self.done)
         stack.callback(self.losses.close)
+        if self.ready.validation is not None:
+            self.validation_losses = LossLog(self.folder.validation_log, done=self.done)
+            stack.callback(self.validation_losses.close)
         samples = self.cfg.samples
         self.samples = SamplesFolder(
             self.folder.samples,
@@ -407,7 +451,7 @@ class _Session:
     def _log(self, loss: float, rate: float) -> None:
         assert self.losses is not None
         rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
-        self.losses.append(self.done, loss, max(rates.values()))
+        self.losses.append(self.done, loss, lr=max(rates.values()))
         if self.board is not None:
             self.board.add_scalar("loss", loss, self.done)
             for name, value in rates.items():
@@ -465,6 +509,7 @@ class _Session:
             ],
             settings=settings,
             losses=self.losses.losses,
+            validation=[] if self.validation_losses is None else self.validation_losses.losses,
             norms=norms,
             files=_file_advice(path, self.folder, self.ready.facts),
             prompts=self.ready.prompts if after else [],
@@ -657,7 +702,16 @@ def _datasets(cfg: TrainConfig, resolution: Size) -> list[DatasetRules]:
         data.bucket_rule == "sd-scripts",
         data.bucket_no_upscale,
     )
-    return [DatasetRules(tuple(subsets), resolution, buckets if data.buckets else None, cfg.training.batch_size)]
+    return [
+        DatasetRules(
+            tuple(subsets),
+            resolution,
+            buckets if data.buckets else None,
+            cfg.training.batch_size,
+            cfg.validation.validation_split,
+            _validation_seed(cfg),
+        )
+    ]
 
 
 def _caption_options(data: config.DataSection) -> CaptionOptions:
@@ -841,7 +895,8 @@ def _posteriors(cfg: TrainConfig, ready: Preparation, model: LatentDiffusion, pr
 
 def _keys(ready: Preparation, record: int) -> list[tuple[int, bool]]:
     """Return what is cached of a record: nothing if it is not used, and its mirror image where that is drawn."""
-    if not ready.plan.repeats[record]:
+    plans = [ready.plan, *([ready.validation] if ready.validation else [])]
+    if not any(plan.repeats[record] for plan in plans):
         return []
     flips = ready.subsets[ready.records[record].subset].augmentation.flip
     return [(record, False), (record, True)] if flips else [(record, False)]

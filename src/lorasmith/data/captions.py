@@ -69,18 +69,18 @@ def plain(caption: str, options: CaptionOptions) -> str:
 
     Of several lines or variants it has the first.
     """
-    return _arranged(_chosen(caption, options, _first, _first), _settled(options), random.Random, step=0)
+    return _arranged(_chosen(caption, options, _first, _first), settled(options), random.Random, step=0)
 
 
 def longest(caption: str, options: CaptionOptions) -> list[str]:
     """Return the longest text that each line of a caption can become."""
     lines = lines_of(caption) if options.wildcards else [caption]
-    settled = _settled(options)
+    whole = settled(options)
 
     def by_length(texts: Sequence[str]) -> str:
         return max(texts, key=len)
 
-    return [_arranged(_chosen(line, options, _first, by_length), settled, random.Random, step=0) for line in lines]
+    return [_arranged(_chosen(line, options, _first, by_length), whole, random.Random, step=0) for line in lines]
 
 
 def weights(text: str) -> list[tuple[str, float]]:
@@ -174,7 +174,8 @@ def _is_dropped(options: CaptionOptions, draws: Draws, epoch: int) -> bool:
     return options.dropout > 0 and draws("dropout").random() < options.dropout
 
 
-def _settled(options: CaptionOptions) -> CaptionOptions:
+def settled(options: CaptionOptions) -> CaptionOptions:
+    """Return the options without those that move parts or leave something out; variants are still chosen."""
     return replace(options, shuffle=False, dropout=0.0, dropout_every_epochs=0, tag_dropout=0.0, token_warmup_steps=0)
 
 

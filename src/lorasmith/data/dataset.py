@@ -9,6 +9,7 @@ after torch has started threads may deadlock; and threads behave the same on Win
 without copying.
 """
 
+import copy
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -107,6 +108,16 @@ class Dataset:
         Errors come out where the batch would have.
         """
         return read_ahead(lambda step: self.batch(step, process_index), steps, workers=workers)
+
+    def held_out(self, plan: Plan) -> "Dataset":
+        """Return the data set of the same records that follows a validation plan.
+
+        Its captions are whole, its pictures not augmented, and its draws follow from that plan's seed.
+        """
+        held_out = copy.copy(self)
+        held_out._plan, held_out._seed = plan, plan.seed
+        held_out._subsets = [subset.settled for subset in self._subsets]
+        return held_out
 
     def _build(self, micro_batch: MicroBatch, step: int, count: int) -> Batch:
         samples, (width, height), factor = micro_batch.samples, micro_batch.shape, self._latent_factor

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from lorasmith import plugins
 from lorasmith.data.buckets import CropPlan, bucket_crops, cover_and_crop
 from lorasmith.data.faces import FaceDraws, crop_around, face_of
+from lorasmith.data.held_out import hold_out
 from lorasmith.data.records import ImageRecord, Scan
 from lorasmith.data.subsets import DatasetRules, Subset
 from lorasmith.errors import UserError
@@ -26,7 +27,7 @@ def gather(datasets: Sequence[DatasetRules]) -> Gathered:
 
     Raises:
         UserError: a source finds nothing or broken pictures or captions; a shape is impossible; crops around faces are
-            asked for, but no picture of the subset tells where one is.
+            asked for, but no picture of the subset tells where one is; all pictures would be held out.
     """
     everything = Gathered([], [], [], [])
     for number, dataset in enumerate(datasets):
@@ -42,6 +43,8 @@ def gather(datasets: Sequence[DatasetRules]) -> Gathered:
         everything.records.extend(records)
         everything.crops.extend(crops)
         everything.notes.extend(notes)
+    everything.records[:], notes = hold_out(everything.records, datasets)
+    everything.notes.extend(notes)
     return everything
 
 

@@ -11,7 +11,7 @@ not be on other machines. Its places in each unit are filled from them, and stay
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from lorasmith.data.buckets import Size
@@ -174,6 +174,15 @@ def build_plan(
     return plan
 
 
+def validation_plan(plan: Plan, records: Sequence[ImageRecord], *, seed: int) -> Plan | None:
+    """Return the plan of one look at each held-out picture, an epoch long; None if there are none.
+
+    Its records and shapes are the training plan's, so the two can never hold the same picture.
+    """
+    repeats = tuple(int(record.is_validation and not record.is_prior) for record in records)
+    return replace(plan, repeats=repeats, gradient_accumulation=1, seed=seed) if any(repeats) else None
+
+
 def balanced_repeats(records: Sequence[ImageRecord]) -> list[int]:
     """Return each record's repeats, those of regularization pictures changed to add up to the training pictures'.
 
@@ -184,16 +193,16 @@ def balanced_repeats(records: Sequence[ImageRecord]) -> list[int]:
     Raises:
         UserError: no training pictures, in all or beside the regularization pictures of a data set.
     """
-    repeats = [0 if record.is_prior else record.repeats for record in records]
+    repeats = [0 if record.is_prior or record.is_validation else record.repeats for record in records]
     if not any(repeats):
         raise UserError(
-            f"there are no pictures to train on ({len(records)} regularization pictures do not count); "
-            "give a folder with training pictures."
+            f"there are no pictures to train on (of {len(records)}, regularization pictures and those held out for "
+            "validation do not count); give a folder with training pictures, or hold out fewer."
         )
     for dataset in dict.fromkeys(record.dataset for record in records):
         own = [i for i, record in enumerate(records) if record.dataset == dataset]
         missing = sum(repeats[i] for i in own)
-        priors = [i for i in own if records[i].is_prior]
+        priors = [i for i in own if records[i].is_prior and not records[i].is_validation]
         if priors and not missing:
             raise UserError(
                 f"data set {dataset + 1} holds {len(priors)} regularization pictures and none to train on, but they "
@@ -208,7 +217,7 @@ def balanced_repeats(records: Sequence[ImageRecord]) -> list[int]:
 
 
 def _balance_notes(records: Sequence[ImageRecord], repeats: Sequence[int]) -> list[str]:
-    priors = [i for i, record in enumerate(records) if record.is_prior]
+    priors = [i for i, record in enumerate(records) if record.is_prior and not record.is_validation]
     if not priors:
         return []
     given, used = sum(records[i].repeats for i in priors), sum(repeats[i] for i in priors)

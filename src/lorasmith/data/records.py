@@ -22,6 +22,7 @@ class ImageRecord:
     repeats: how often it counts in an epoch. is_prior: a regularization picture. group: the name of the folder it came
     from. content_hash: SHA-256 of the file. dataset, subset: indexes of the rules that it follows, subsets counted over
     all data sets. shard: number of the archive that it lies in, which one process alone reads; None: all read it.
+    is_validation: held out, never trained on. mask: None: all of it is learned alike.
     """
 
     path: Path
@@ -35,13 +36,16 @@ class ImageRecord:
     subset: int = 0
     shard: int | None = None
     data: PictureData | None = field(default=None, compare=False)
+    is_validation: bool = False
+    mask: Mask | None = None
 
     @property
     def identity(self) -> tuple[object, ...]:
         """All that training depends on, and nothing about where the picture lies."""
         return (
             self.path.name, self.caption, self.size, self.repeats, self.is_prior, self.content_hash, self.dataset,
-            self.subset, self.shard,
+            self.subset, self.shard, self.is_validation,
+            self.mask and self.mask.content_hash,
         )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lorasmith.data.buckets import Buckets, Size
-from lorasmith.data.captions import CaptionOptions
+from lorasmith.data.captions import CaptionOptions, settled
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,11 @@ class Subset:
         return replace(self, captions=replace(self.captions, token_warmup_steps=steps))
 
     @property
+    def settled(self) -> "Subset":
+        """The subset with nothing left out of its captions and no augmentation: how pictures are validated."""
+        return replace(self, captions=settled(self.captions), augmentation=Augmentation())
+
+    @property
     def placeless(self) -> "Subset":
         """The subset without where it lies and how it is read, which a resumed run may change."""
         return replace(self, place="", metadata=None, masks=None, skip_unreadable=False)
@@ -77,13 +82,16 @@ class DatasetRules:
     """One data set: subsets that share shapes and batch size.
 
     resolution: (width, height) in pixels of every picture, or with `buckets` the area of their shapes. batch_size:
-    pictures per process and micro-batch.
+    pictures per process and micro-batch. validation_split: share of the training pictures that is held out, chosen by
+    `validation_seed`.
     """
 
     subsets: tuple[Subset, ...]
     resolution: Size = (512, 512)
     buckets: Buckets | None = None
     batch_size: int = 1
+    validation_split: float = 0.0
+    validation_seed: int = 0
 
     @property
     def changing_augmentations(self) -> list[str]:
