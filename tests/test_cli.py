@@ -158,7 +158,7 @@ def test_the_command_line_wins_over_the_file(train: Spy, tmp_path: Any) -> None:
     ("arguments", "line"),
     [
         (["trian"], "there is no command trian; did you mean train?"),
-        (["zzz"], "there is no command zzz; there are: train, demo, check, schema."),
+        (["zzz"], f"there is no command zzz; there are: {', '.join(COMMANDS)}, schema."),
         (["train", "--rnak", "8"], "there is no option --rnak; did you mean --rank?"),
         (["train", "--netwrk.rank=8"], "there is no option --netwrk.rank; did you mean --rank?"),
         (["train", "--no-filp"], "there is no option --no-filp; did you mean --flip?"),
@@ -172,7 +172,7 @@ def test_the_command_line_wins_over_the_file(train: Spy, tmp_path: Any) -> None:
         (["train", "--rank", "abc"], "--rank abc: expected a whole number above 0"),
         (["train", "--steps", "-3"], "--steps -3: expected a whole number above 0"),
         (["train", "--config", "absent.toml"], "absent.toml: there is no such file; check the path."),
-        (["schema"], "schema: expected one command: train, demo, check. For example: lorasmith schema train"),
+        (["schema"], f"schema: expected one command: {', '.join(COMMANDS)}. For example: lorasmith schema train"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(

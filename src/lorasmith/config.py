@@ -567,7 +567,136 @@ class CheckConfig(Section):
     )
 
 
-COMMANDS: dict[str, type[Section]] = {"train": TrainConfig, "demo": DemoConfig, "check": CheckConfig}
+def _check_shard(shard: str) -> str:
+    found = re.fullmatch(r"(\d+)/(\d+)", shard)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise ValueError("expected part i of n parts, counted from 1: of four, 1/4, 2/4, 3/4 and 4/4")
+    return shard
+
+
+Shard = Annotated[str, AfterValidator(_check_shard)]
+Existing = Literal["skip", "overwrite", "append"]
+
+
+class CaptionConfig(Section):
+    """Write a caption beside each picture, by a model that describes it."""
+
+    folder: Place | None = Field(
+        default=None, description="Folder of pictures.", json_schema_extra={"positional": "DIR"}
+    )
+    captioner: str = Field(
+        default="blip", description="What describes: blip, vision-language, or a module of your own by its dotted name."
+    )
+    model: PlaceOrHubId | None = Field(
+        default=None, description="Its model: a folder or a hub id; left out, the captioner's own choice."
+    )
+    prompt: str | None = Field(
+        default=None,
+        description="What the model is asked (vision-language), or how each caption begins (blip).",
+    )
+    batch_size: PositiveInt = Field(default=4, description="Pictures described at once.")
+    max_length: PositiveInt = Field(default=75, description="Longest caption, in tokens of the model.")
+    min_length: Annotated[int, Field(ge=0)] = Field(default=5, description="Shortest caption, in tokens of the model.")
+    beams: PositiveInt = Field(
+        default=1, description="Follow so many beginnings at once and take the likeliest caption."
+    )
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None,
+        description="Draw each word among the likeliest that together have this share; left out, take the likeliest.",
+    )
+    seed: Annotated[int, Field(ge=0)] = Field(
+        default=42, description="What is drawn for top_p follows from this number and the picture alone."
+    )
+    remove_phrases: PlaceOrHubId | None = Field(
+        default=None,
+        description="Cut phrases out of captions: `habits` for those that come along (`with the words ...`), or a file "
+        "with a regular expression a line.",
+    )
+    caption_extension: str = Field(default=".caption", description="Extension of the files that are written.")
+    recursive: bool = Field(default=False, description="Also the pictures in all folders inside.")
+    existing: Existing = Field(
+        default="skip",
+        description="Pictures that have a caption: skip them, overwrite it, or append the new one to it.",
+    )
+    shard: Shard | None = Field(
+        default=None, description="Do only part i of n parts, as in 2/4, so that several machines share the work."
+    )
+    device: str = Field(default="auto", description="Where to compute: auto, cpu, cuda, cuda:1, mps.")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        default="auto", description="Precision of the model; auto is bf16 on a GPU that has it, else fp32."
+    )
+    max_megapixels: PositiveInt = Field(default=179, description="Leave out pictures of more million pixels.")
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "CaptionConfig":
+        if self.top_p is not None and self.beams > 1:
+            raise ValueError("beams look for the likeliest caption, top_p draws one; leave out one of them")
+        if self.min_length > self.max_length:
+            raise ValueError(f"min_length = {self.min_length} is above max_length = {self.max_length}")
+        return self
+
+
+class TagConfig(Section):
+    """Write tags beside each picture, or all into one file, by a tagger of the WD14 family."""
+
+    folder: Place | None = Field(
+        default=None, description="Folder of pictures.", json_schema_extra={"positional": "DIR"}
+    )
+    tagger: str = Field(default="wd14", description="What tags: wd14, or a module of your own by its dotted name.")
+    model: PlaceOrHubId | None = Field(
+        default=None,
+        description="Its model: a folder with model.onnx and selected_tags.csv, or a hub id; left out, the tagger's "
+        "own choice.",
+    )
+    batch_size: PositiveInt = Field(default=4, description="Pictures scored at once.")
+    threshold: Share = Field(default=0.35, description="Take the tags with at least this score.")
+    general_threshold: Share | None = Field(
+        default=None, description="Another threshold for all tags that are no characters'."
+    )
+    character_threshold: Share | None = Field(default=None, description="Another threshold for characters.")
+    rating: bool = Field(default=False, description="Write the likeliest rating too, as the last tag.")
+    underscores: Literal["spaces", "keep"] = Field(
+        default="spaces", description="Write spaces for the underscores of tags (but of emoticons, ^_^), or keep them."
+    )
+    blacklist: str | None = Field(
+        default=None, description="Tags that are never written: a list with commas, or a file with one a line."
+    )
+    replace: str | None = Field(
+        default=None, description="Write other words for tags, OLD:NEW: a list with commas, or a file with one a line."
+    )
+    always_first: str | None = Field(
+        default=None,
+        description="Tags that, where they are found, stand first, in this order: a list with commas, or a file.",
+    )
+    order: Literal["confidence", "alphabetical", "category"] = Field(
+        default="confidence",
+        description="Order of the tags; category: characters, copyrights, artists, then the rest, each by confidence.",
+    )
+    separator: Separator = Field(default=", ", description="What stands between two tags.")
+    extension: str = Field(default=".txt", description="Extension of the files that are written.")
+    output: Place | None = Field(
+        default=None, description="Write all tags into this .json or .jsonl file, instead of files beside the pictures."
+    )
+    recursive: bool = Field(default=False, description="Also the pictures in all folders inside.")
+    existing: Existing = Field(
+        default="skip", description="Pictures that have tags: skip them, overwrite the tags, or append those that lack."
+    )
+    shard: Shard | None = Field(
+        default=None, description="Do only part i of n parts, as in 2/4, so that several machines share the work."
+    )
+    providers: str = Field(
+        default="auto", description="Where onnxruntime computes: auto, or a list with commas such as cuda,cpu."
+    )
+    max_megapixels: PositiveInt = Field(default=179, description="Leave out pictures of more million pixels.")
+
+
+COMMANDS: dict[str, type[Section]] = {
+    "train": TrainConfig,
+    "demo": DemoConfig,
+    "check": CheckConfig,
+    "caption": CaptionConfig,
+    "tag": TagConfig,
+}
 
 
 # ---- derived from the models above: nothing below knows an option by name ------------------------------------------

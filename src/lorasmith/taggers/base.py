@@ -1,0 +1,148 @@
+"""The seam of what names pictures: captioners (a text for each picture) and taggers (tags with scores).
+
+A plug is a module with one function:
+
+    load(options) -> object; called with a list of upright RGB pictures, it returns as many results
+
+A captioner's `load` takes `CaptionerOptions` and its results are texts; a tagger's takes `TaggerOptions`, and its
+results are lists of `ScoredTag`. Ours say which they are with `MAKES`. A result may depend on its picture and the
+options only, never on its neighbours: captions must not change with the batch size, the order or the shard.
+"""
+
+import inspect
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+
+from lorasmith import plugins
+from lorasmith.data.tags import ScoredTag
+from lorasmith.errors import UserError
+from lorasmith.processes import choose_device
+
+CAPTIONS, TAGS = "captions", "tags"
+_COMMANDS = {CAPTIONS: ("--captioner", "lorasmith caption"), TAGS: ("--tagger", "lorasmith tag")}
+
+
+@dataclass(frozen=True)
+class CaptionerOptions:
+    """What a captioner is loaded with.
+
+    model: a folder or a hub id; None: the captioner's own default. max_length, min_length: new tokens of a caption.
+    top_p: None for the likeliest words, else nucleus sampling with draws that follow from `seed` and the picture.
+    prompt: None: the captioner's own default.
+    """
+
+    model: str | None
+    device: torch.device
+    dtype: torch.dtype
+    max_length: int
+    min_length: int
+    beams: int
+    top_p: float | None
+    seed: int
+    prompt: str | None
+
+
+@dataclass(frozen=True)
+class TaggerOptions:
+    """What a tagger is loaded with.
+
+    model: a folder or a hub id; None: the tagger's own default. providers: where to compute, in the tagger's own words.
+    lowest_score: tags below need not be returned, but for ratings, of which all are.
+    """
+
+    model: str | None
+    providers: str
+    lowest_score: float
+
+
+class Captioner(Protocol):
+    def __call__(self, images: Sequence[Image.Image]) -> list[str]: ...
+
+
+class Tagger(Protocol):
+    def __call__(self, images: Sequence[Image.Image]) -> list[list[ScoredTag]]: ...
+
+
+def loader(name: str, makes: str) -> Callable[[Any], Any]:
+    """Return the `load` of a captioner or tagger: a file of this folder (`vision-language`), or a dotted name.
+
+    Raises:
+        UserError: there is no such plug, it has no `load`, or it makes the other kind.
+    """
+    flag = _COMMANDS[makes][0]
+    try:
+        plug = plugins.find("taggers", name if "." in name else name.replace("-", "_"))
+    except UserError as error:
+        raise UserError(f"{flag} {name}: {error}") from error
+    if not inspect.ismodule(plug) or not callable(vars(plug).get("load")):
+        raise UserError(f"{flag} {name}: expected a module with a function load(options), found {plug!r:.80}.")
+    made = vars(plug).get("MAKES", makes)
+    if made != makes:
+        raise UserError(f"{flag} {name}: this makes {made}, not {makes}; it belongs to `{_COMMANDS[made][1]}`.")
+    return plug.load
+
+
+def choose_home(device: str, precision: str) -> tuple[torch.device, torch.dtype]:
+    """Return where a captioner computes, and in which precision; of several processes each has a GPU of its own.
+
+    Raises:
+        UserError: there is no such device, or it cannot compute in this precision.
+    """
+    name = choose_device(device)
+    is_cuda = name == "cuda" or (name.startswith("cuda:") and name[5:].isdigit())
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cuda" and num_gpus:
+        name = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % num_gpus}"
+    here = ["cpu", *(["mps"] if torch.backends.mps.is_available() else []), *(f"cuda:{n}" for n in range(num_gpus))]
+    if name not in here:
+        raise UserError(f"--device {device}: not here; on this computer there are {', '.join(['auto', *here])}.")
+    if precision == "fp16" and name == "cpu":
+        raise UserError("--precision fp16 needs a GPU, and here is the CPU; use bf16 or fp32.")
+    if precision == "auto":
+        precision = "bf16" if is_cuda and torch.cuda.is_bf16_supported() else "fp32"
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return torch.device(name), dtypes[precision]
+
+
+def model_folder(name: str, patterns: Sequence[str], required: Sequence[Sequence[str]]) -> Path:
+    """Return the folder of a model: given as such, or fetched from the Hugging Face hub by its id.
+
+    Args:
+        patterns: the files that are fetched.
+        required: what must be there: one file of each group.
+
+    Raises:
+        UserError: it is nowhere, or lacks what is required.
+    """
+    path = Path(os.path.expanduser(name))
+    folder = path if path.is_dir() else _fetched(name, path, patterns)
+    missing = [" or ".join(group) for group in required if not any(any(folder.glob(one)) for one in group)]
+    if missing:
+        raise UserError(
+            f"--model {name}: the folder {folder} lacks {', and '.join(missing)}; give a complete model of this kind, "
+            "or get it again."
+        )
+    return folder
+
+
+def _fetched(name: str, path: Path, patterns: Sequence[str]) -> Path:
+    is_hub_id = name.count("/") == 1 and all(name.split("/")) and name[0] not in ".~" and not path.parent.is_dir()
+    if path.exists() or not is_hub_id:
+        reason = "this is a file" if path.exists() else "there is no such folder"
+        raise UserError(f"--model {name}: {reason}; give the folder of a model, or a hub id (org/name).")
+    from huggingface_hub import snapshot_download  # only this way of naming a model needs it
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+    except Exception as error:  # the hub client raises many kinds: offline, not found, gated
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"--model {name}: no folder here, and the hub did not give it ({reason}); give the folder of a downloaded "
+            "model, or check the name and the connection."
+        ) from error
