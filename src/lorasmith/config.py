@@ -183,7 +183,7 @@ class DataSection(Section):
         default=1.0, description="Weight of the regularization pictures' loss."
     )
     captions: Place | None = Field(
-        default=None, description="Metadata JSON with captions and tags per picture (the fine-tuning method)."
+        default=None, description="Metadata file, JSON or JSONL, with captions and tags (the fine-tuning method)."
     )
     recursive: bool = Field(default=False, description="Use the pictures of folders in folders too.")
     caption: str | None = Field(default=None, description="Caption for pictures that have none of their own.")
@@ -567,6 +567,50 @@ class CheckConfig(Section):
     )
 
 
+class CaptionsConfig(Section):
+    """Merge caption files and tag files into one metadata file, and clean them."""
+
+    folder: Place | None = Field(
+        default=None, description="Folder of pictures.", json_schema_extra={"positional": "DIR"}
+    )
+    output: Place | None = Field(default=None, description="Metadata file to write, .json or .jsonl.")
+    input: Place | None = Field(
+        default=None, description="Metadata file to begin with, JSON or JSONL: its entries are kept and updated."
+    )
+    caption_extension: str | None = Field(
+        default=None, description="Extension of caption files; left out, .caption, unless that is the tag_extension."
+    )
+    tag_extension: str | None = Field(
+        default=None, description="Extension of tag files; left out, .txt, unless that is the caption_extension."
+    )
+    recursive: bool = Field(default=False, description="Also the pictures in all folders inside.")
+    full_path: bool = Field(default=False, description="Write the full path of each picture, not that in the folder.")
+    clean: bool = Field(
+        default=False,
+        description="Clean captions and tags by the tables of rules that come along (docs/captions-metadata.md).",
+    )
+    rules: Place | None = Field(
+        default=None, description="Tables of your own (TOML), which extend those that come along, or replace them."
+    )
+    remove_tags: list[str] = Field(default_factory=list, description="Tags to leave out.")
+    replace: list[str] = Field(
+        default_factory=list,
+        description="Pairs such as grey:gray: whole tags, and whole words of captions, to replace.",
+    )
+    add_tags: list[str] = Field(
+        default_factory=list, description="Tags that every picture gets, before its own; a trigger word goes here."
+    )
+    min_count: PositiveInt = Field(default=1, description="Leave out tags of fewer pictures than this.")
+    max_tags: PositiveInt | None = Field(default=None, description="Keep at most this many tags of each picture.")
+    write_files: Place | None = Field(
+        default=None,
+        description="Write captions and tags as .txt files into this new folder; or, if it is DIR, beside the pictures "
+        "that have no text file.",
+    )
+    overwrite: bool = Field(default=False, description="Write over an existing output, of which a .bak is kept.")
+    dry_run: bool = Field(default=False, description="Show what would change, and write nothing.")
+
+
 def _check_shard(shard: str) -> str:
     found = re.fullmatch(r"(\d+)/(\d+)", shard)
     if not found or not 1 <= int(found[1]) <= int(found[2]):
@@ -694,6 +738,7 @@ COMMANDS: dict[str, type[Section]] = {
     "train": TrainConfig,
     "demo": DemoConfig,
     "check": CheckConfig,
+    "captions": CaptionsConfig,
     "caption": CaptionConfig,
     "tag": TagConfig,
 }

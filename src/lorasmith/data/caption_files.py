@@ -1,7 +1,7 @@
 """Captions in text files beside the pictures: found and read, and all that is wrong with any of them said at once."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,7 +33,12 @@ def accepted_extensions(given: str | None) -> tuple[str, ...]:
 
 
 def read_caption_files(
-    folder: Path, pictures: Sequence[Path], accepted: Sequence[str], *, all_lines: bool = False
+    folder: Path,
+    pictures: Sequence[Path],
+    accepted: Sequence[str],
+    *,
+    all_lines: bool = False,
+    show: Callable[[Iterable[Path]], Iterable[Path]] = iter,
 ) -> CaptionFiles:
     """Return the first line of the text file beside each picture that has one; extensions in either case.
 
@@ -41,6 +46,7 @@ def read_caption_files(
 
     Args:
         all_lines: return all lines that hold something, divided by line feeds.
+        show: shows the progress through the files that are read.
     """
     found = CaptionFiles()
     known = {*DEFAULT_EXTENSIONS, *accepted}
@@ -56,7 +62,7 @@ def read_caption_files(
         if file is not None:
             found.files[picture] = file
     used = dict.fromkeys(found.files.values())  # each is read once, also where a.jpg and a.png share it
-    texts = {file: _text(file, found, all_lines=all_lines) for file in used}
+    texts = {file: _text(file, found, all_lines=all_lines) for file in show(used)}
     found.first_lines = {picture: texts[file] for picture, file in found.files.items()}
     found.unused = [path for path in beside.values() if path not in used]
     return found
