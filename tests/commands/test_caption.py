@@ -20,6 +20,7 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
     "blip": tiny.write_blip,
     "idefics3": tiny.write_idefics3,
     "llava": tiny.write_llava,
+    "florence2": tiny.write_florence2,
 }
 
 
@@ -89,6 +90,18 @@ def test_models_that_talk_are_asked_by_their_chat_template(photos: Path, models:
         tokens = model.generate(**inputs, max_new_tokens=8, min_new_tokens=4)
         expected.append(processor.decode(tokens[0][inputs["input_ids"].shape[1] :], skip_special_tokens=True))
     assert caption(photos, models[kind], "--prompt", "Describe this red sofa", "--batch-size", "3") == 0
+    assert list(texts(photos).values()) == lines(expected) and len(set(expected)) > 1
+
+
+def test_florence_2_is_given_its_task(photos: Path, models: dict[str, Path]) -> None:
+    model: Any = AutoModelForImageTextToText.from_pretrained(models["florence2"]).eval()
+    processor: Any = AutoProcessor.from_pretrained(models["florence2"])
+    expected = []
+    for image in images(photos):
+        inputs = processor(images=image, text="<DETAILED_CAPTION>", return_tensors="pt")
+        tokens = model.generate(**inputs, max_new_tokens=8, min_new_tokens=4)
+        expected.append(processor.decode(tokens[0], skip_special_tokens=True))
+    assert caption(photos, models["florence2"], "--batch-size", "3") == 0
     assert list(texts(photos).values()) == lines(expected) and len(set(expected)) > 1
 
 
@@ -172,6 +185,16 @@ def test_pictures_that_cannot_be_captioned_are_listed(
     out = capsys.readouterr().out
     assert f"{photos / '2.png'}: the model said nothing" in out and f"{photos / 'broken.jpg'}: not a picture" in out
     assert sorted(texts(photos)) == ["0", "1", "3", "4"]
+
+
+def test_a_module_that_gives_too_few_results_is_told_so(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "lazy").mkdir()
+    (tmp_path / "lazy" / "one.py").write_text("def load(options):\n    return lambda images: ['a']\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert cli.main(["caption", str(photos), "--captioner", "lazy.one"]) == 2
+    assert "gave 1 results for 4 pictures; expected one for each" in capsys.readouterr().err and not texts(photos)
 
 
 # ---- mistakes ------------------------------------------------------------------------------------------------------

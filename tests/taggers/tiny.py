@@ -16,6 +16,9 @@ from transformers import (
     BlipConfig,
     BlipForConditionalGeneration,
     BlipProcessor,
+    Florence2Config,
+    Florence2ForConditionalGeneration,
+    Florence2Processor,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     Idefics3Processor,
@@ -103,6 +106,28 @@ def write_llava(folder: Path, seed: int = 0) -> Path:
     return _write(folder, LlavaForConditionalGeneration(config), processor, seed)
 
 
+def write_florence2(folder: Path, seed: int = 0) -> Path:
+    """Write a model of Florence-2's kind, which has tasks instead of a chat template."""
+    tokenizer = _tokenizer(["<image>"])
+    sight = {
+        "depths": (1, 1), "patch_size": (7, 3), "patch_stride": (4, 2), "patch_padding": (3, 1),
+        "patch_prenorm": (False, True), "embed_dim": (16, 32), "num_heads": (2, 2), "num_groups": (2, 2),
+        "window_size": 4, "projection_dim": 32,
+    }  # fmt: skip
+    words = {
+        "model_type": "bart", "vocab_size": len(tokenizer), "d_model": 32, "encoder_layers": 1, "decoder_layers": 1,
+        "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+        "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3,
+        "decoder_start_token_id": 2, "forced_eos_token_id": None,
+    }  # fmt: skip
+    config = Florence2Config(vision_config=sight, text_config=words, image_token_id=_image_token(tokenizer))
+    image_processor = CLIPImageProcessorPil(
+        size={"height": SIDE, "width": SIDE}, do_center_crop=False, image_seq_length=17
+    )
+    processor = Florence2Processor(image_processor, tokenizer)
+    return _write(folder, Florence2ForConditionalGeneration(config), processor, seed)
+
+
 def _image_token(tokenizer: PreTrainedTokenizerFast) -> int:
     number = tokenizer.convert_tokens_to_ids("<image>")
     assert isinstance(number, int)
@@ -123,7 +148,12 @@ def _tokenizer(specials: Sequence[str]) -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+        tokenizer_object=backend,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        extra_special_tokens={"image_token": "<image>"},
     )
     tokenizer.add_special_tokens({"additional_special_tokens": list(specials)})
     return tokenizer

@@ -206,7 +206,10 @@ def label(
             readable = [(path, image) for path, image in batch if not isinstance(image, UnreadablePicture)]
             with enough_memory(f"--batch-size {batch_size}: lower it; what is written stays"):
                 made = make([image for _, image in readable]) if readable else []
-            assert len(made) == len(readable), f"{len(made)} results for {len(readable)} pictures"
+            if len(made) != len(readable):
+                raise UserError(
+                    f"the module gave {len(made)} results for {len(readable)} pictures; expected one for each."
+                )
             for (path, _), one in zip(readable, made, strict=True):
                 try:
                     keep(path, one)
