@@ -2,11 +2,15 @@
 
 import sys
 import time
+from collections.abc import Iterable
 from types import TracebackType
+from typing import TypeVar
 
 import psutil
 import torch
 from tqdm import tqdm
+
+Item = TypeVar("Item")
 
 
 class Progress:
@@ -64,6 +68,16 @@ class Progress:
         left = tqdm.format_interval((self._total - self._done) / rate)
         shown = "  ".join(f"{name} {value}" for name, value in facts.items())
         print(f"step {self._done}/{self._total}  {shown}  {rate:.2f} steps/s  {left} left", flush=True)
+
+
+def counted(items: Iterable[Item], total: int, title: str, *, is_shown: bool) -> Iterable[Item]:
+    """Return the items, one a picture, counted by a bar on a terminal and told of by one line elsewhere."""
+    is_terminal = sys.stderr.isatty()
+    if is_shown and not is_terminal:
+        print(f"{title}: {total} to do", flush=True)
+    return tqdm(
+        items, desc=title, total=total, unit="picture", dynamic_ncols=True, disable=not (is_shown and is_terminal)
+    )
 
 
 def memory_name(device: torch.device) -> str:
