@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from lorasmith.data.caption_cleaning import load_rules
 from lorasmith.data.phrases import add_to_first_line
 from lorasmith.errors import UserError
 
@@ -14,9 +15,7 @@ CHARACTER = "character"
 CATEGORIES = (CHARACTER, "copyright", "artist", "general", "meta")
 Order = Literal["confidence", "alphabetical", "category"]
 
-_EMOTICONS = frozenset(
-    (Path(__file__).parent / "tables" / "emoticons.txt").read_text(encoding="utf-8").splitlines()
-)  # Danbooru's: here an underscore is a mouth
+_EMOTICONS = frozenset(load_rules().keep)  # faces, where an underscore is a mouth: one table for all commands
 
 
 @dataclass(frozen=True)
