@@ -230,6 +230,17 @@ def test_a_table_with_a_line_that_is_no_expression(
     assert "table.txt, line 2: this is no regular expression" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind, room", [("blip", 64), ("idefics3", 512), ("florence2", 128)])
+def test_captions_longer_than_the_model_has_room_for(
+    photos: Path, models: dict[str, Path], kind: str, room: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert caption(photos, models[kind], "--max-length", str(room)) == 2
+    error = capsys.readouterr().err
+    assert f"--max-length {room}: the model has room for {room} tokens" in error and not texts(photos)
+    most = error.partition("give at most ")[2].partition(",")[0]
+    assert caption(photos, models[kind], "--max-length", most) == 0
+
+
 @pytest.mark.parametrize(
     "removed, message",
     [

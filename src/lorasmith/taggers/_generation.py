@@ -97,6 +97,20 @@ def arguments(options: CaptionerOptions, images: Sequence[Image.Image]) -> dict[
     }
 
 
+def check_length(model: Any, options: CaptionerOptions, num_tokens: int) -> None:
+    """Check that a caption of the greatest length has room after so many tokens: models have a number of positions.
+
+    Raises:
+        UserError: it has not, so that the model would fail in the middle of a caption, or talk nonsense.
+    """
+    limit = model.config.get_text_config(decoder=True).to_dict().get("max_position_embeddings")
+    if limit is not None and num_tokens + options.max_length > limit:
+        raise UserError(
+            f"--max-length {options.max_length}: the model has room for {limit} tokens, of which prompt and picture "
+            f"take {num_tokens}; give at most {max(1, limit - num_tokens)}, or a shorter --prompt."
+        )
+
+
 def picture_seed(seed: int, image: Image.Image) -> int:
     """Return a seed that follows from the picture's pixels."""
     digest = hashlib.blake2b(image.tobytes(), digest_size=8).digest()

@@ -45,5 +45,6 @@ class Blip:
         text = {"text": [prompt] * len(images)} if prompt else {}
         inputs = self._processor(images=list(images), return_tensors="pt", **text)
         inputs = inputs.to(self._options.device, self._options.dtype)
+        _generation.check_length(self._model, self._options, inputs["input_ids"].shape[1] if prompt else 1)
         tokens = self._model.generate(**inputs, **_generation.arguments(self._options, images))
         return self._processor.batch_decode(tokens, skip_special_tokens=True)

@@ -54,7 +54,8 @@ class VisionLanguage:
         inputs = self._processor(
             images=[[image] for image in images], text=[self._text] * len(images), padding=True, return_tensors="pt"
         ).to(self._options.device, self._options.dtype)
-        tokens = self._model.generate(**inputs, **_generation.arguments(self._options, images))
-        if not self._model.config.is_encoder_decoder:
-            tokens = tokens[:, inputs["input_ids"].shape[1] :]
+        # an encoder takes the question: the answer then begins with its start token alone
+        begin = 1 if self._model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+        _generation.check_length(self._model, self._options, begin)
+        tokens = self._model.generate(**inputs, **_generation.arguments(self._options, images))[:, begin:]
         return self._processor.batch_decode(tokens, skip_special_tokens=True)
