@@ -276,6 +276,21 @@ class DataSection(Section):
         default="white",
         description="Colour that is seen through transparent pictures.",
     )
+    masks: Place | None = Field(
+        default=None,
+        description="Folder of masks, named as the pictures: white places are learned, black ones are not.",
+    )
+    alpha_mask: bool = Field(
+        default=False, description="Take the pictures' transparency as their masks: opaque places are learned."
+    )
+    mask_loss: Literal["area", "all"] = Field(
+        default="area",
+        description="What a masked sample's loss is the mean over: area, its mask, so that small masks teach as much; "
+        "all places, as in sd-scripts, so that they teach less.",
+    )
+    mask_background: Share = Field(
+        default=0.0, description="How much masked-out places count in the loss, against 1 for the others."
+    )
     max_megapixels: PositiveInt = Field(
         default=179,
         description="Refuse pictures of more million pixels: a small file can unpack to fill the memory.",
@@ -453,6 +468,7 @@ def contradictions(cfg: TrainConfig) -> list[str]:
     bucket_options = [name for name in bucket_options if _is_changed(data, name)]
     checks = {
         "steps and epochs are both given; give one of them": training.steps and training.epochs,
+        "masks and alpha_mask both say which places are learned; leave out one of them": data.masks and data.alpha_mask,
         f"cache_latents keeps each picture as it is, but {' and '.join(augmentations)} would change it every time; "
         "leave out one or the other": data.cache_latents and augmentations,
         "prompts are given, but nothing draws them: before_after is off, and sample_every_steps and "

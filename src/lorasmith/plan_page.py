@@ -76,6 +76,24 @@ def shape_lines(records: Sequence[ImageRecord], crops: Sequence[CropPlan], shown
     return lines
 
 
+def mask_lines(records: Sequence[ImageRecord], background: float, *, by_area: bool) -> list[str]:
+    """Say which pictures have masks, how much of these is learned, and how; nothing where there are none."""
+    masked = [(record, record.mask) for record in records if record.mask is not None]
+    if not masked:
+        return []
+    without = [record.path.name for record in records if record.mask is None and not record.is_prior]
+    origins = dict.fromkeys("their transparency" if mask.path is None else "a file each" for _, mask in masked)
+    coverages = [mask.coverage for _, mask in masked]
+    least = masked[coverages.index(min(coverages))][0].path.name
+    loss = "over each mask's area, so that a small one teaches as much" if by_area else "over all places"
+    return [
+        f"{len(masked)} of {_pictures(len(masked) + len(without))}, from {' or '.join(origins)}"
+        + (f"; all is learned of the other {len(without)}: {_some(without)}" if without else ""),
+        f"{sum(coverages) / len(masked):.0%} is learned on average, the least is {min(coverages):.0%} ({least}); "
+        f"masked-out places count {background:g}; the loss is the mean {loss}",
+    ]
+
+
 def memory_line(parts: Mapping[str, int]) -> str:
     """Say how many bytes are needed in all and by what."""
     total = sum(parts.values())

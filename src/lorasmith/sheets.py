@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 _GAP, _LABEL_WIDTH, _FONT_SIZE, _SMALLEST_CELL, _LARGEST_CELL = 8, 92, 13, 160, 384
 _INK, _PAPER, _FAINT, _ALERT = (40, 40, 46), (250, 250, 248), (120, 120, 128), (176, 32, 32)
+_MASKED_OUT = (214, 24, 24)
 _CONTACT, _CONTACTS_PER_ROW = 200, 6
 
 
@@ -88,6 +89,12 @@ def contact_sheet(entries: Sequence[Entry]) -> Image.Image:
                 draw.text((left, top + _CONTACT + _GAP // 2 + number * line_height), line, colour, font)
         top += height
     return page
+
+
+def tinted(picture: Image.Image, mask: Image.Image) -> Image.Image:
+    """Return a picture, red and without colours where its mask leaves it out; mask: grey, white where it is learned."""
+    red = Image.blend(picture.convert("L").convert("RGB"), Image.new("RGB", picture.size, _MASKED_OUT), 0.6)
+    return Image.composite(picture.convert("RGB"), red, mask.resize(picture.size, Image.Resampling.BOX))
 
 
 def _lines(entry: Entry) -> list[tuple[str, tuple[int, int, int]]]:

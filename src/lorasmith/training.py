@@ -40,7 +40,8 @@ def weighted_loss(model: LatentDiffusion, batch: Batch, encode: Callable[[list[s
     noise, t = batch.noise.to(x_0.device), batch.t.to(x_0.device)
     x_t = model.schedule.add_noise(x_0, noise, t)
     prediction = model(x_t, t, encode(batch.captions))
-    losses = per_sample(prediction.float(), model.schedule.target(x_0, noise, t))  # (B,)
+    mask = None if batch.mask is None else batch.mask.to(x_0.device)
+    losses = per_sample(prediction.float(), model.schedule.target(x_0, noise, t), mask)  # (B,)
     return (losses * batch.weight.to(losses.device)).sum() / batch.count
 
 

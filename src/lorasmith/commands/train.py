@@ -45,7 +45,7 @@ from lorasmith.models.base import Conditioning, LatentDiffusion
 from lorasmith.network import Network, Rule, check_ranks, match, part_of
 from lorasmith.optimizers.base import builder
 from lorasmith.output_folder import RUN_FILE, OutputFolder, check_free, move_aside
-from lorasmith.plan_page import caption_lines, caption_rule_lines, memory_line, plan_page, shape_lines
+from lorasmith.plan_page import caption_lines, caption_rule_lines, mask_lines, memory_line, plan_page, shape_lines
 from lorasmith.processes import Processes
 from lorasmith.progress import Progress, memory_free
 from lorasmith.report import ReportContents, write_report
@@ -76,7 +76,7 @@ _SMALLEST_REAL_WIDTH = 320  # channels of the U-Net in every SD 1 and 2
 _STOPPING = "stopping after this step, then saving; once more ends at once, without saving"
 _PLACES = (  # options of a run that name something on the disk, so that it can be gone on with from anywhere
     ("model", "base"), ("model", "vae"), ("network", "weights"),
-    ("data", "images"), ("data", "regularization"), ("data", "captions"),
+    ("data", "images"), ("data", "regularization"), ("data", "captions"), ("data", "masks"),
 )  # fmt: skip
 _PART_TITLES = {"text_encoder": "text encoder", "unet": "U-Net"}
 _PATTERNS = {"both": "*", "unet": "lora_unet_*", "text_encoder": "lora_te*"}
@@ -149,6 +149,7 @@ def prepare(cfg: TrainConfig, processes: Processes, state: State | None) -> Prep
     resolution = cfg.data.resolution or facts.resolution
     set_pixel_limit(cfg.data.max_megapixels)
     datasets = _datasets(cfg, resolution)
+    _check_mask_options(cfg.data, datasets)
     gathered = gather(datasets)
     plan = build_plan(
         gathered.records,
@@ -602,8 +603,8 @@ def _check_resumable(state: State, fingerprint: str, plan: Plan, total_steps: in
     """Refuse to go on with other data, another global batch, or a run that is over."""
     if state.facts.data_fingerprint != fingerprint:
         raise UserError(
-            "the pictures or captions are not those that the run was started with, so it cannot go on as it was. "
-            "Put them back, or start a new run from the saved LoRA with --weights."
+            "the pictures, captions or masks are not those that the run was started with, so it cannot "
+            "go on as it was. Put them back, or start a new run from the saved LoRA with --weights."
         )
     if state.facts.unit_sizes != plan.unit_sizes:
         raise UserError(
@@ -683,6 +684,8 @@ def _datasets(cfg: TrainConfig, resolution: Size) -> list[DatasetRules]:
         recursive=data.recursive,
         skip_unreadable=data.skip_unreadable,
         alpha_color=data.alpha_color,
+        masks=data.masks,
+        alpha_mask=data.alpha_mask,
         captions=_caption_options(data),
         augmentation=Augmentation(data.flip, data.color, data.random_crop, data.face_crop_aug_range),
     )
@@ -691,7 +694,7 @@ def _datasets(cfg: TrainConfig, resolution: Size) -> list[DatasetRules]:
         subsets.append(
             replace(
                 subset, place=str(data.regularization), source="folder", metadata=None, is_prior=True, repeats=1,
-                caption=None,
+                caption=None, masks=None, alpha_mask=False,
             )
         )  # fmt: skip
     buckets = Buckets(
@@ -712,6 +715,18 @@ def _datasets(cfg: TrainConfig, resolution: Size) -> list[DatasetRules]:
             _validation_seed(cfg),
         )
     ]
+
+
+def _check_mask_options(data: config.DataSection, datasets: Sequence[DatasetRules]) -> None:
+    """Refuse options of masks where there are none."""
+    has_masks = any(subset.masks is not None or subset.alpha_mask for dataset in datasets for subset in dataset.subsets)
+    given = {"mask_loss": data.mask_loss != "area", "mask_background": data.mask_background != 0}
+    names = [name for name, is_given in given.items() if is_given]
+    if names and not has_masks:
+        raise UserError(
+            f"{' and '.join(names)} say{'s' * (len(names) == 1)} what masks do to the loss, but there are no masks; "
+            "give their folder with --masks, or --alpha-mask to take the pictures' transparency, or leave it out."
+        )
 
 
 def _caption_options(data: config.DataSection) -> CaptionOptions:
@@ -858,6 +873,8 @@ def _dataset(cfg: TrainConfig, ready: Preparation, model: LatentDiffusion, proce
         latent_factor=model.latent_factor,
         latents=_posteriors(cfg, ready, model, processes),
         prior_loss_weight=cfg.data.prior_loss_weight,
+        mask_background=cfg.data.mask_background,
+        mask_by_area=cfg.data.mask_loss == "area",
     )
 
 
@@ -935,6 +952,7 @@ def _page(cfg: TrainConfig, ready: Preparation, processes: Processes) -> str:
         "pictures": ready.notes,
         "captions": caption_lines(training_records) + _caption_rules(ready),
         "shapes": shape_lines(ready.records, ready.crops),
+        "masks": mask_lines(ready.records, cfg.data.mask_background, by_area=cfg.data.mask_loss == "area"),
         "latents": [_latents_line(cfg, ready.datasets, ready.cached)],
         "steps": [
             f"{ready.total_steps} steps = {ready.total_steps / plan.steps_per_epoch:.4g} epochs of "

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -24,11 +24,13 @@ from torch import Tensor
 from lorasmith.data import captions
 from lorasmith.data.buckets import CropPlan
 from lorasmith.data.faces import face_of
-from lorasmith.data.images import Draws, open_record, prepare
+from lorasmith.data.images import Draws, open_with_alpha, prepare
+from lorasmith.data.masks import STILL, latent_mask, open_mask
 from lorasmith.data.plan import MicroBatch, Plan, Sample
 from lorasmith.data.records import ImageRecord
 from lorasmith.data.subsets import Subset
 from lorasmith.errors import UserError
+from lorasmith.losses import mask_factors
 from lorasmith.seeds import derive
 
 Item = TypeVar("Item")
@@ -46,6 +48,7 @@ class Batch:
     """What one process works on at once, on the CPU, float32; B samples of one shape.
 
     latents: (B, C, H/f, W/f), drawn from cached posteriors; else None. pixels: (B, 3, H, W) in [-1, 1]; else None.
+    mask: (B, 1, H/f, W/f), what each place's error is multiplied by (`losses.mask_factors`); None: there are no masks.
     posterior_noise, noise: (B, C, H/f, W/f), standard normal. t: (B,), what the model calls time.
     weight: (B,), of each sample's loss; 0 for padding. count: samples of the whole global step, over all processes
     and micro-batches, without padding; the sum of weight * loss over all of them, divided by it, is the step's mean.
@@ -59,6 +62,7 @@ class Batch:
     captions: list[str]
     weight: Tensor
     count: int
+    mask: Tensor | None = None
 
 
 class Dataset:
@@ -72,6 +76,7 @@ class Dataset:
         latents: cached posteriors of all records of some data sets, made by the caller from `plain_pixels`, mirrored
             ones too where a subset flips; of other records pixels are given.
         prior_loss_weight: weight of regularization pictures.
+        mask_background, mask_by_area: see `losses.mask_factors`.
     """
 
     def __init__(
@@ -87,11 +92,15 @@ class Dataset:
         latent_factor: int = 8,
         latents: Posteriors = _NO_LATENTS,
         prior_loss_weight: float = 1.0,
+        mask_background: float = 0.0,
+        mask_by_area: bool = True,
     ) -> None:
         self._plan, self._records, self._crops, self._subsets = plan, records, crops, subsets
         self._seed, self._sample_t, self._latents = seed, sample_t, latents
         self._latent_channels, self._latent_factor = latent_channels, latent_factor
         self._prior_loss_weight = prior_loss_weight
+        self._mask_background, self._mask_by_area = mask_background, mask_by_area
+        self._still_masks: dict[int, Tensor] = {}  # a memory only: of records whose latents are cached
 
     def batch(self, step: int, process_index: int) -> list[Batch]:
         """Return one process's batches of a step, one for each unit of gradient accumulation.
@@ -129,16 +138,19 @@ class Dataset:
 
         posterior_noise = normal("posterior")
         is_cached = (samples[0].record, False) in self._latents
+        pictures = [] if is_cached else [self._picture(step, sample) for sample in samples]
+        masks = [self._still_mask(step, sample) for sample in samples] if is_cached else [mask for _, mask in pictures]
         t = torch.cat([self._sample_t(1, self._generator("timestep", step, sample)) for sample in samples])
         return Batch(
             latents=self._draw_latents(step, samples, posterior_noise) if is_cached else None,
-            pixels=None if is_cached else torch.stack([self._pixels(step, sample) for sample in samples]),
+            pixels=None if is_cached else torch.stack([pixels for pixels, _ in pictures]),
             posterior_noise=posterior_noise,
             noise=normal("noise"),
             t=t,
             captions=[self._caption(step, sample) for sample in samples],
             weight=torch.tensor([self._weight(*pair) for pair in zip(samples, micro_batch.is_padding, strict=True)]),
             count=count,
+            mask=self._mask_factors(masks, (1, *shape[1:])),
         )
 
     def _generator(self, purpose: str, step: int, sample: Sample) -> torch.Generator:
@@ -162,20 +174,42 @@ class Dataset:
         std = torch.stack([std for _, std in moments]).float()
         return mean + std * posterior_noise
 
-    def _pixels(self, step: int, sample: Sample) -> Tensor:
+    def _picture(self, step: int, sample: Sample) -> tuple[Tensor, Tensor | None]:
+        """Return a sample's pixels (3, H, W), and its mask (1, H/f, W/f) if it has one."""
         record, crop, subset = self._records[sample.record], self._crops[sample.record], self._subset(sample)
         augmentation = subset.augmentation
         portions = None if augmentation.has_still_faces else augmentation.face_portions
-        return prepare(
-            _open_unchanged(record, subset.alpha_color),
-            crop,
-            draws=self._picture_draws(step, sample),
-            flip=augmentation.flip,
-            colour=augmentation.colour,
-            random_crop=augmentation.random_crop,
-            face=face_of(record.path) if portions else None,
-            face_portions=portions,
-        )
+        image, alpha = _open_unchanged(record, subset.alpha_color)
+        where: dict[str, Any] = {
+            "draws": self._picture_draws(step, sample),
+            "flip": augmentation.flip,
+            "random_crop": augmentation.random_crop,
+            "face": face_of(record.path) if portions else None,
+            "face_portions": portions,
+        }
+        pixels = prepare(image, crop, colour=augmentation.colour, **where)
+        if record.mask is None:
+            return pixels, None
+        mask = alpha if record.mask.path is None and alpha is not None else open_mask(record)
+        return pixels, latent_mask(mask, crop, self._latent_factor, **where)
+
+    def _still_mask(self, step: int, sample: Sample) -> Tensor | None:
+        """Return the mask (1, H/f, W/f) of a sample that is only ever mirrored, read once and kept."""
+        record = self._records[sample.record]
+        if record.mask is None:
+            return None
+        if sample.record not in self._still_masks:
+            mask = latent_mask(open_mask(record), self._crops[sample.record], self._latent_factor, draws=STILL)
+            self._still_masks[sample.record] = mask
+        mask = self._still_masks[sample.record]
+        is_mirrored = self._subset(sample).augmentation.flip and self._picture_draws(step, sample).is_mirrored
+        return mask.flip(-1) if is_mirrored else mask
+
+    def _mask_factors(self, masks: Sequence[Tensor | None], shape: tuple[int, ...]) -> Tensor | None:
+        if all(mask is None for mask in masks):
+            return None
+        whole = torch.stack([torch.ones(shape) if mask is None else mask for mask in masks])  # (B, 1, H/f, W/f)
+        return mask_factors(whole, background=self._mask_background, by_area=self._mask_by_area)
 
     def _caption(self, step: int, sample: Sample) -> str:
         return captions.process(
@@ -198,17 +232,17 @@ def plain_pixels(record: ImageRecord, crop: CropPlan, subset: Subset) -> Tensor:
     Raises:
         UserError: the picture is no longer what it was when the run began.
     """
-    return prepare(_open_unchanged(record, subset.alpha_color), crop, draws=Draws.of(random.Random(0)))
+    return prepare(_open_unchanged(record, subset.alpha_color)[0], crop, draws=STILL)
 
 
-def _open_unchanged(record: ImageRecord, alpha_color: str) -> Image.Image:
-    image = open_record(record, alpha_color=alpha_color)
+def _open_unchanged(record: ImageRecord, alpha_color: str) -> tuple[Image.Image, Image.Image | None]:
+    image, alpha = open_with_alpha(record, alpha_color=alpha_color)
     if image.size != record.size:
         raise UserError(
             f"{record.path} has changed during the run: it was {record.size[0]}x{record.size[1]} at the start and is "
             f"{image.width}x{image.height} now; leave the pictures alone while training and start the run again."
         )
-    return image
+    return image, alpha
 
 
 def read_ahead(make: Callable[[Item], Result], items: Iterable[Item], *, workers: int) -> Iterator[Result]:

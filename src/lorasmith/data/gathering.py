@@ -7,6 +7,7 @@ from lorasmith import plugins
 from lorasmith.data.buckets import CropPlan, bucket_crops, cover_and_crop
 from lorasmith.data.faces import FaceDraws, crop_around, face_of
 from lorasmith.data.held_out import hold_out
+from lorasmith.data.masks import attach
 from lorasmith.data.records import ImageRecord, Scan
 from lorasmith.data.subsets import DatasetRules, Subset
 from lorasmith.errors import UserError
@@ -27,7 +28,7 @@ def gather(datasets: Sequence[DatasetRules]) -> Gathered:
 
     Raises:
         UserError: a source finds nothing or broken pictures or captions; a shape is impossible; crops around faces are
-            asked for, but no picture of the subset tells where one is; all pictures would be held out.
+            asked for, but no picture of the subset tells where one is; masks are wrong; all would be held out.
     """
     everything = Gathered([], [], [], [])
     for number, dataset in enumerate(datasets):
@@ -40,6 +41,8 @@ def gather(datasets: Sequence[DatasetRules]) -> Gathered:
             everything.subsets.append(subset)
             everything.notes.extend(scan.notes)
         crops, notes = _around_faces(everything.subsets, records, _crops(dataset, records))
+        everything.notes.extend(notes)
+        records, notes = _with_masks(everything.subsets, records, crops)
         everything.records.extend(records)
         everything.crops.extend(crops)
         everything.notes.extend(notes)
@@ -52,6 +55,20 @@ def _crops(dataset: DatasetRules, records: Sequence[ImageRecord]) -> list[CropPl
     if dataset.buckets is None:
         return [cover_and_crop(record.size, dataset.resolution) for record in records]
     return bucket_crops(records, dataset.buckets)
+
+
+def _with_masks(
+    subsets: Sequence[Subset], records: Sequence[ImageRecord], crops: Sequence[CropPlan]
+) -> tuple[list[ImageRecord], list[str]]:
+    """Return the records with the masks that their subsets tell of, and notes on these."""
+    masked, notes = list(records), []
+    for index in dict.fromkeys(record.subset for record in records):
+        own = [number for number, record in enumerate(records) if record.subset == index]
+        found, own_notes = attach(subsets[index], [records[i] for i in own], [crops[i] for i in own])
+        for number, record in zip(own, found, strict=True):
+            masked[number] = record
+        notes += own_notes
+    return masked, notes
 
 
 def _around_faces(

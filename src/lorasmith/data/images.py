@@ -108,9 +108,10 @@ class Draws:
 
 @dataclass(frozen=True)
 class _Decoded:
-    """An upright 8-bit RGB picture, and what is worth saying of its file: by which notes name it."""
+    """An upright 8-bit RGB picture, how opaque it was (L), and what is worth saying of its file: for notes."""
 
     image: Image.Image
+    alpha: Image.Image | None
     remarks: tuple[str, ...]
 
 
@@ -194,7 +195,29 @@ def open_record(record: ImageRecord, *, alpha_color: str = "white") -> Image.Ima
     Raises:
         UnreadablePicture: as `open_image`.
     """
-    return _decode(record.path, _bytes_of(record), alpha_color).image
+    return open_with_alpha(record, alpha_color=alpha_color)[0]
+
+
+def open_with_alpha(record: ImageRecord, *, alpha_color: str = "white") -> tuple[Image.Image, Image.Image | None]:
+    """Return a record's picture as `open_record` does, and how opaque its places are (L), None without such a channel.
+
+    Raises:
+        UnreadablePicture: as `open_image`.
+    """
+    decoded = _decode(record.path, _bytes_of(record), alpha_color)
+    return decoded.image, decoded.alpha
+
+
+def open_as_stored(path: Path) -> tuple[Image.Image, str]:
+    """Return a picture in 8-bit RGB with the values that stand in the file, transparency on black, and its SHA-256.
+
+    Its numbers are meant, not its colours, so no colour profile changes them.
+
+    Raises:
+        UnreadablePicture: as `open_image`.
+    """
+    data = _read(path)
+    return _decode(path, data, "black", to_srgb=False).image, hashlib.sha256(data).hexdigest()
 
 
 def _bytes_of(record: ImageRecord) -> bytes:
@@ -272,7 +295,7 @@ def _read(path: Path) -> bytes:
     return data
 
 
-def _decode(path: Path, data: bytes, alpha_color: str) -> _Decoded:
+def _decode(path: Path, data: bytes, alpha_color: str, *, to_srgb: bool = True) -> _Decoded:
     try:
         with Image.open(BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN]) as image:
             remarks = [_IS_ANIMATED] if _is_animated(image) else []
@@ -280,13 +303,13 @@ def _decode(path: Path, data: bytes, alpha_color: str) -> _Decoded:
             profile = image.info.get("icc_profile")
             image = _plain_mode(_upright(image))
             colours, alpha = _without_alpha(image)
-            if profile:
+            if profile and to_srgb:
                 colours, remark = _converted_to_srgb(colours, profile)
                 remarks += [remark] if remark else []
             colours = colours.convert("RGB")
             if alpha is not None:
                 colours = Image.composite(colours, Image.new("RGB", colours.size, alpha_color), alpha)
-            return _Decoded(colours, tuple(remarks))
+            return _Decoded(colours, alpha, tuple(remarks))
     except UnidentifiedImageError as error:
         raise UnreadablePicture(path, _unidentified(data)) from error
     except Image.DecompressionBombError as error:
@@ -425,8 +448,35 @@ def prepare(
     """Return a picture's pixels (3, H, W), float32 in [-1, 1], resized and cropped as planned.
 
     Args:
-        flip: mirror left to right in half of the cases.
         colour: in a third of the cases turn the hue or change the gamma weakly.
+        flip, random_crop, face, face_portions: see `cut_out`.
+    """
+    image = cut_out(
+        image, crop, draws=draws, flip=flip, random_crop=random_crop, face=face, face_portions=face_portions
+    )
+    pixels = np.asarray(image, dtype=np.float32) / 255  # (H, W, 3)
+    if colour and draws.is_coloured:
+        amount = draws.hue_or_gamma
+        changed = _turn_hue(pixels, amount) if draws.is_hue else pixels ** (1 + amount * _GAMMA)
+        pixels = _keep_brightness(pixels, changed)
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1) * 2 - 1))
+
+
+def cut_out(
+    image: Image.Image,
+    crop: CropPlan,
+    *,
+    draws: Draws,
+    flip: bool = False,
+    random_crop: bool = False,
+    face: Face | None = None,
+    face_portions: tuple[float, float] | None = None,
+    resample: Image.Resampling = Image.Resampling.LANCZOS,
+) -> Image.Image:
+    """Return the part of a picture, or of its mask, that is trained, resized as planned.
+
+    Args:
+        flip: mirror left to right in half of the cases.
         random_crop: crop anywhere instead of where the plan says.
         face, face_portions: if both are given, crop around the face; see `faces.crop_around`.
     """
@@ -437,23 +487,18 @@ def prepare(
     width, height = crop.resize
     if random_crop and not is_face:
         left, top = int(draws.across * (width - shape[0] + 1)), int(draws.down * (height - shape[1] + 1))
-    image = _resize_and_crop(image, crop.resize, (left, top), shape)
-    if flip and draws.is_mirrored:
-        image = ImageOps.mirror(image)
-    pixels = np.asarray(image, dtype=np.float32) / 255  # (H, W, 3)
-    if colour and draws.is_coloured:
-        amount = draws.hue_or_gamma
-        changed = _turn_hue(pixels, amount) if draws.is_hue else pixels ** (1 + amount * _GAMMA)
-        pixels = _keep_brightness(pixels, changed)
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1) * 2 - 1))
+    image = _resize_and_crop(image, crop.resize, (left, top), shape, resample)
+    return ImageOps.mirror(image) if flip and draws.is_mirrored else image
 
 
-def _resize_and_crop(image: Image.Image, resize: Size, corner: tuple[int, int], shape: Size) -> Image.Image:
+def _resize_and_crop(
+    image: Image.Image, resize: Size, corner: tuple[int, int], shape: Size, resample: Image.Resampling
+) -> Image.Image:
     """Resize only what the crop keeps: the same pixels as resizing all, without the memory for a very long picture."""
     per_x, per_y = image.width / resize[0], image.height / resize[1]
     left, top = corner[0] * per_x, corner[1] * per_y
     right, bottom = min(left + shape[0] * per_x, image.width), min(top + shape[1] * per_y, image.height)
-    return image.resize(shape, Image.Resampling.LANCZOS, box=(left, top, right, bottom))
+    return image.resize(shape, resample, box=(left, top, right, bottom))
 
 
 def _turn_hue(pixels: np.ndarray, amount: float) -> np.ndarray:

@@ -15,6 +15,19 @@ class PictureData(Protocol):
 
 
 @dataclass(frozen=True)
+class Mask:
+    """How much each place of a picture is learned.
+
+    path: the picture of it; None: the transparency of the masked picture itself. content_hash: SHA-256 of the file, ""
+    without one. coverage: the mean, in [0, 1], over what is trained of the picture.
+    """
+
+    path: Path | None
+    content_hash: str
+    coverage: float
+
+
+@dataclass(frozen=True)
 class ImageRecord:
     """One picture with its caption.
 

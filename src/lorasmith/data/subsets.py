@@ -28,6 +28,11 @@ class Augmentation:
         return ends is not None and ends[0] == ends[1] and not self.random_crop
 
     @property
+    def has_still_crops(self) -> bool:
+        """Whether each time the same part of a picture is trained, mirrored or not."""
+        return not self.random_crop and (self.face_portions is None or self.has_still_faces)
+
+    @property
     def changing(self) -> list[str]:
         """The options that are on and give other pixels each time, so that they cannot be cached; a mirror can."""
         moving_faces = self.face_portions is not None and self.face_portions[0] != self.face_portions[1]
