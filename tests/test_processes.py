@@ -67,6 +67,25 @@ def shared(processes: Processes) -> object:
     return [processes.share(mine, source=source).numpy().tobytes() for source in range(2)]
 
 
+def gathered(processes: Processes) -> object:
+    return processes.gather({"from": processes.index})
+
+
+def fail_in_an_inner_block(processes: Processes) -> object:
+    """Fail in one process, in the inner block or before it, and see that all are together afterwards."""
+    told = []
+    for before in (False, True):
+        with pytest.raises((UserError, KeyError)) as caught, processes.together():
+            if before and processes.index == 1:
+                raise UserError("before")
+            with processes.together():
+                if processes.index == 1:
+                    raise KeyError("inside")
+            processes.gather("never reached")
+        told.append(repr(caught.value))
+    return told, processes.gather(processes.index)
+
+
 def succeed_then_fail(processes: Processes) -> object:
     with processes.together():
         pass
@@ -129,6 +148,18 @@ def test_a_shared_tensor_is_the_source_s_to_the_bit() -> None:
     assert in_two(shared) == [expected, expected]
 
 
+def test_what_each_gives_is_gathered_in_their_order() -> None:
+    assert in_two(gathered) == [[{"from": 0}, {"from": 1}]] * 2
+
+
+def test_what_fails_in_an_inner_block_is_told_once() -> None:
+    before = "UserError('before')"
+    assert in_two(fail_in_an_inner_block) == [
+        (["""UserError("process 1: KeyError('inside')")""", before], [0, 1]),
+        (["KeyError('inside')", before], [0, 1]),
+    ]
+
+
 @pytest.mark.parametrize(
     ("work", "messages"),
     [
@@ -151,6 +182,7 @@ def test_alone_nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     processes = Processes("cpu")
     assert (processes.index, processes.count, processes.is_main) == (0, 1, True)
     assert processes.sums([1.5, 2.0]) == [1.5, 2.0]
+    assert processes.gather("mine") == ["mine"]
     tensor = torch.ones(2)
     assert processes.share(tensor, source=0) is tensor
     with pytest.raises(KeyError), processes.together():

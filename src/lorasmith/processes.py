@@ -8,12 +8,14 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 
 from lorasmith.errors import UserError
+
+Thing = TypeVar("Thing")
 
 # How long one may wait for the others: as long as process 0 needs to draw samples. One that ends is noticed at once.
 _PATIENCE = timedelta(days=1)
@@ -28,6 +30,7 @@ class Processes:
 
     def __init__(self, device: str = "auto") -> None:
         self._is_alone = int(os.environ.get("WORLD_SIZE", "1")) < 2
+        self._told: Exception | None = None  # the last failure that all know of
         self.index, self.count = 0, 1
         self.device = torch.device(choose_device(device))
         if self._is_alone:
@@ -67,9 +70,20 @@ class Processes:
             torch.distributed.broadcast(message, source)
         return message.cpu()
 
+    def gather(self, thing: Thing) -> list[Thing]:
+        """Return what each process gives, in the order of their indexes: plain things that can be pickled."""
+        if self._is_alone:
+            return [thing]
+        things: list[Thing | None] = [None] * self.count
+        with _peers():
+            torch.distributed.all_gather_object(things, thing)
+        return things  # type: ignore[return-value]  # each is filled now
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """Leave the block with all processes: what fails in one of them fails in all, so that none waits for it.
+
+        Blocks may stand in blocks: what has failed in the inner one is known to all.
 
         Raises:
             UserError: in every process, with the message of the first that failed. Where the failure is a bug, its own
@@ -84,6 +98,8 @@ class Processes:
         except ProcessLostError:
             raise  # nobody is there to agree with
         except Exception as error:
+            if error is self._told:
+                raise
             failure = error
         if self.sums([float(failure is not None)]) != [0.0]:
             self._fail_together(failure)
@@ -94,8 +110,10 @@ class Processes:
         with _peers():
             torch.distributed.all_gather_object(messages, told)
         if failure is not None and not isinstance(failure, UserError):
+            self._told = failure
             raise failure
-        raise UserError(next(message for message in messages if message)) from failure
+        self._told = UserError(next(message for message in messages if message))
+        raise self._told from failure
 
     def _sum_(self, tensor: Tensor) -> Tensor:
         with _peers():
