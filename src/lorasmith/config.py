@@ -174,8 +174,21 @@ class DataSection(Section):
     images: Place | None = Field(
         default=None,
         description="Folder of pictures: a parent of DreamBooth folders (`N_identifier class`), one of them, "
-        "or a plain folder.",
+        "or a plain folder; or what else `source` reads: tar shards, a Hugging Face data set.",
     )
+    source: str = Field(
+        default="auto",
+        description="What the pictures lie in: auto, folder, metadata_json, huggingface, webdataset, or a module of "
+        "your own by its dotted name.",
+    )
+    image_column: str | None = Field(
+        default=None, description="Hugging Face data sets: the column of the pictures; left out, the only one of them."
+    )
+    caption_column: str | None = Field(
+        default=None,
+        description="Hugging Face data sets: the column of the captions; left out, text, caption or prompt.",
+    )
+    dataset_split: str = Field(default="train", description="Hugging Face data sets: the split to train on.")
     regularization: Place | None = Field(
         default=None, description="Folder of regularization pictures (prior preservation), laid out like `images`."
     )
@@ -488,6 +501,9 @@ def contradictions(cfg: TrainConfig) -> list[str]:
         ),
         f"lr_warmup_steps = {optimizer.lr_warmup_steps} is not below steps = {training.steps}; "
         "lower the first or raise the second": training.steps and optimizer.lr_warmup_steps >= training.steps,
+        f"captions names a metadata JSON, but source = {data.source} has captions of its own; leave out one of them": (
+            data.captions and data.source not in ("auto", "metadata_json") and "." not in data.source
+        ),
         "caption_extension is for caption files beside the pictures, but captions names a metadata JSON; "
         "leave out one of them": data.captions and data.caption_extension,
         "captions names a metadata JSON, but images, the folder of its pictures, is missing": (

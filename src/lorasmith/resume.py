@@ -13,6 +13,7 @@ from lorasmith.errors import UserError
 # Where things lie now (what lies there is checked by its content), how long, how often, what is shown.
 CHANGEABLE = {
     "resume", "dry_run", "base", "vae", "images", "regularization", "captions", "masks", "weights", "output",
+    "source", "image_column", "caption_column", "dataset_split",
     "steps", "epochs", "workers", "device", "batch_size", "cache_latents", "skip_unreadable", "max_megapixels",
     "gradient_checkpointing",
     "save_every_epochs", "save_every_steps", "state_every_steps", "keep_states", "format", "save_precision",

@@ -84,13 +84,15 @@ class Ended:
     errors: list[str]
 
 
-def run_two(arguments: Sequence[str], logs: Path, *events: Event) -> Ended:
-    """Run the command line in two processes and wait for both."""
+def run_two(
+    arguments: Sequence[str], logs: Path, *events: Event, folders: tuple[Path, Path] = (Path(), Path())
+) -> Ended:
+    """Run the command line in two processes, each in a folder, and wait for both."""
     logs.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "lorasmith.commands.train", "accelerate"])
     port = free_port()
-    processes = [context.Process(target=_one, args=(list(arguments), i, port, logs, events)) for i in BOTH]
+    processes = [context.Process(target=_one, args=(list(arguments), i, port, logs, events, folders[i].resolve())) for i in BOTH]
     for process in processes:
         process.start()
     for process in processes:
@@ -99,7 +101,7 @@ def run_two(arguments: Sequence[str], logs: Path, *events: Event) -> Ended:
     return Ended([process.exitcode for process in processes], outputs, errors)
 
 
-def _one(arguments: list[str], index: int, port: int, logs: Path, events: Sequence[Event]) -> None:
+def _one(arguments: list[str], index: int, port: int, logs: Path, events: Sequence[Event], folder: Path) -> None:
     """Be one of the processes, as a launcher would have started it."""
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(logs / f"{index}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
@@ -108,6 +110,7 @@ def _one(arguments: list[str], index: int, port: int, logs: Path, events: Sequen
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), SOURCE_DATE_EPOCH="1700000000", OMP_NUM_THREADS="1",
     )  # fmt: skip
     torch.set_num_threads(1)
+    os.chdir(folder)
     read = Dataset.batch
 
     def read_with_events(self: Dataset, step: int, process_index: int) -> list[Batch]:

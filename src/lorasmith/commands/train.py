@@ -32,6 +32,7 @@ from lorasmith.data.captions import CaptionOptions
 from lorasmith.data.dataset import Dataset, Posteriors, plain_pixels, read_ahead
 from lorasmith.data.gathering import Gathered, gather
 from lorasmith.data.images import set_pixel_limit
+from lorasmith.data.places import is_shards
 from lorasmith.data.plan import Plan, build_plan, validation_plan
 from lorasmith.data.records import ImageRecord
 from lorasmith.data.subsets import Augmentation, DatasetRules, Subset
@@ -150,7 +151,7 @@ def prepare(cfg: TrainConfig, processes: Processes, state: State | None) -> Prep
     set_pixel_limit(cfg.data.max_megapixels)
     datasets = _datasets(cfg, resolution)
     _check_mask_options(cfg.data, datasets)
-    gathered = gather(datasets)
+    gathered = gather(datasets, processes)
     plan = build_plan(
         gathered.records,
         [crop.shape for crop in gathered.crops],
@@ -165,8 +166,9 @@ def prepare(cfg: TrainConfig, processes: Processes, state: State | None) -> Prep
             f"lr_warmup_steps = {cfg.optimizer.lr_warmup_steps} is not below the run's {total_steps} steps; "
             "lower the first, or train longer with --steps or --epochs."
         )
-    fingerprint = _fingerprint(gathered, plan)
+    fingerprint = _fingerprint(gathered, plan.num_processes)
     if state is not None:
+        _check_processes_of_shards(state, gathered, plan)
         _check_resumable(state, fingerprint, plan, total_steps)
     return Preparation(
         facts, precision, shapes, rank, alpha, resolution, datasets, gathered.records, gathered.crops,
@@ -186,13 +188,15 @@ def _caches_latents(cfg: TrainConfig, dataset: DatasetRules) -> bool:
     return not dataset.changing_augmentations if cfg.data.cache_latents is None else cfg.data.cache_latents
 
 
-def _fingerprint(gathered: Gathered, plan: Plan) -> str:
-    """Return what stands for the data in a state: nothing in it says where they lie."""
+def _fingerprint(gathered: Gathered, num_processes: int) -> str:
+    """Return what stands for the data in a state: nothing in it says where they lie, unless processes share shards."""
     facts = [f"{record.identity} {crop}" for record, crop in zip(gathered.records, gathered.crops, strict=True)] + [
         str(subset.placeless) for subset in gathered.subsets
     ]
-    is_in_shards = any(record.shard is not None for record in gathered.records)
-    return data_fingerprint([*facts, f"{plan.num_processes} processes"] if is_in_shards else facts)
+    shards = [record.shard for record in gathered.records]
+    if num_processes > 1 and any(shard is not None for shard in shards):
+        facts += [f"{num_processes} processes", str(shards)]
+    return data_fingerprint(facts)
 
 
 def train(cfg: TrainConfig, ready: Preparation, processes: Processes) -> int:
@@ -583,7 +587,7 @@ def _merged(given: TrainConfig, run_folder: Path) -> TrainConfig:
     merged = merge_options(stored, given.model_dump(exclude_unset=True, mode="json"))
     for section, option in _PLACES:
         value = merged.get(section, {}).get(option)
-        if value is not None and os.path.isabs(value) and not os.path.exists(value):
+        if value is not None and os.path.isabs(value) and not (os.path.exists(value) or is_shards(value)):
             raise UserError(
                 f"--resume: {value}, the run's {option}, is not there any more; give its new place with --{option}."
             )
@@ -594,9 +598,21 @@ def _anywhere(options: dict[str, Any]) -> dict[str, Any]:
     """Return a run's options with whole paths; what is no file or folder here (a hub id) stays as it is."""
     for section, option in _PLACES:
         value = options.get(section, {}).get(option)
-        if value is not None and os.path.exists(value):
+        if value is not None and (os.path.exists(value) or is_shards(value)):
             options[section][option] = os.path.abspath(value)
     return options
+
+
+def _check_processes_of_shards(state: State, gathered: Gathered, plan: Plan) -> None:
+    """Refuse to go on with shards that were shared among another number of processes."""
+    counts = range(1, max(state.facts.unit_sizes) + 1)
+    before = next((count for count in counts if state.facts.data_fingerprint == _fingerprint(gathered, count)), None)
+    if before is not None and _fingerprint(gathered, before) != _fingerprint(gathered, plan.num_processes):
+        raise UserError(
+            f"the run was started with {before} process{'es' * (before > 1)}, and {plan.num_processes} are given now; "
+            "its pictures lie in tar shards, each read by one process alone, so the number of processes decides which "
+            f"pictures meet in a step. Go on with {before}, or start a new run from the saved LoRA with --weights."
+        )
 
 
 def _check_resumable(state: State, fingerprint: str, plan: Plan, total_steps: int) -> None:
@@ -676,8 +692,11 @@ def _datasets(cfg: TrainConfig, resolution: Size) -> list[DatasetRules]:
     assert data.images is not None
     subset = Subset(
         place=str(data.images),
-        source="folder" if data.captions is None else "metadata_json",
+        source=data.source,
         metadata=data.captions,
+        image_column=data.image_column,
+        caption_column=data.caption_column,
+        dataset_split=data.dataset_split,
         repeats=data.repeats,
         caption=data.caption,
         caption_extension=data.caption_extension,
@@ -694,6 +713,7 @@ def _datasets(cfg: TrainConfig, resolution: Size) -> list[DatasetRules]:
         subsets.append(
             replace(
                 subset, place=str(data.regularization), source="folder", metadata=None, is_prior=True, repeats=1,
+                image_column=None, caption_column=None, dataset_split="train",
                 caption=None, masks=None, alpha_mask=False,
             )
         )  # fmt: skip

@@ -76,14 +76,20 @@ def _text(file: Path, found: CaptionFiles, *, all_lines: bool) -> str:
     if "\0" in text:  # UTF-16 without a mark decodes as UTF-8, with a zero after every letter
         found.wrong_encoding.append(file)
         return ""
+    chosen, is_cut = chosen_lines(text, all_lines=all_lines)
+    if not chosen:
+        found.empty.append(file)
+    elif is_cut:
+        found.several_lines.append(file)
+    return chosen
+
+
+def chosen_lines(text: str, *, all_lines: bool) -> tuple[str, bool]:
+    """Return a text's first line, or all that hold something, and whether there are more that are not used."""
     lines = [line.strip() for line in re.split(r"\r\n|\r|\n", text)]
     if all_lines:
         lines = ["\n".join(filter(None, lines))]
-    if not lines[0]:
-        found.empty.append(file)
-    elif any(lines[1:]):
-        found.several_lines.append(file)
-    return lines[0]
+    return lines[0], any(lines[1:])
 
 
 def caption_problems(all_found: Iterable[CaptionFiles]) -> list[str]:

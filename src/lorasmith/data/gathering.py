@@ -8,9 +8,19 @@ from lorasmith.data.buckets import CropPlan, bucket_crops, cover_and_crop
 from lorasmith.data.faces import FaceDraws, crop_around, face_of
 from lorasmith.data.held_out import hold_out
 from lorasmith.data.masks import attach
+from lorasmith.data.places import source_of
 from lorasmith.data.records import ImageRecord, Scan
 from lorasmith.data.subsets import DatasetRules, Subset
 from lorasmith.errors import UserError
+from lorasmith.processes import Processes
+
+_FOR_TABLES = ("image_column", "caption_column", "dataset_split")
+_WITHOUT_USE = {  # what says nothing to a source
+    "folder": _FOR_TABLES,
+    "metadata_json": _FOR_TABLES,
+    "webdataset": ("metadata", "recursive", *_FOR_TABLES),
+    "huggingface": ("metadata", "recursive", "caption_extension"),
+}
 
 
 @dataclass(frozen=True)
@@ -23,8 +33,10 @@ class Gathered:
     notes: list[str]
 
 
-def gather(datasets: Sequence[DatasetRules]) -> Gathered:
+def gather(datasets: Sequence[DatasetRules], processes: Processes) -> Gathered:
     """Return the pictures of all data sets; each picture is decoded once, but none is loaded to stay.
+
+    Every process has the same; a picture in a shard is decoded by the one that reads it, and the others are told.
 
     Raises:
         UserError: a source finds nothing or broken pictures or captions; a shape is impossible; crops around faces are
@@ -34,8 +46,7 @@ def gather(datasets: Sequence[DatasetRules]) -> Gathered:
     for number, dataset in enumerate(datasets):
         records: list[ImageRecord] = []
         for subset in dataset.subsets:
-            scan_subset: Callable[[Subset], Scan] = plugins.find("data.sources", subset.source).scan_subset
-            scan = scan_subset(subset)
+            scan = _scan(subset, processes)
             index = len(everything.subsets)
             records += [replace(record, dataset=number, subset=index) for record in scan.records]
             everything.subsets.append(subset)
@@ -49,6 +60,57 @@ def gather(datasets: Sequence[DatasetRules]) -> Gathered:
     everything.records[:], notes = hold_out(everything.records, datasets)
     everything.notes.extend(notes)
     return everything
+
+
+def _scan(subset: Subset, processes: Processes) -> Scan:
+    """Return what the subset's source finds; a source that is read by shard finds each process's share."""
+    subset = _with_source(subset)
+    source = plugins.find("data.sources", subset.source)
+    if "scan_share" not in vars(source):
+        scan_subset: Callable[[Subset], Scan] = source.scan_subset
+        return scan_subset(subset)
+    if processes.count > 1 and (subset.masks is not None or subset.alpha_mask):
+        raise UserError(
+            f"masks are read by every process, but the pictures of {subset.place} lie in shards, each read by one; "
+            "leave out masks and alpha_mask, start one process, or unpack the shards into folders."
+        )
+    scan_share: Callable[[Subset, int, int], Scan] = source.scan_share
+    with processes.together():
+        own = scan_share(subset, processes.index, processes.count)
+    return _joined(subset, own, processes)
+
+
+def _with_source(subset: Subset) -> Subset:
+    source = subset.source
+    if source == "auto":
+        source = "metadata_json" if subset.metadata is not None else source_of(subset.place)
+    defaults = Subset()
+    given = [name for name in _WITHOUT_USE.get(source, ()) if getattr(subset, name) != getattr(defaults, name)]
+    if given:
+        raise UserError(
+            f"{' and '.join('captions' if name == 'metadata' else name for name in given)} can do nothing for "
+            f"{subset.place}, which is read as {source}; leave it out, or say with --source what the pictures lie in."
+        )
+    if source == "metadata_json" and subset.metadata is None:
+        raise UserError(f"{subset.place} is to be read as metadata_json, but no metadata file is given (--captions).")
+    return replace(subset, source=source)
+
+
+def _joined(subset: Subset, own: Scan, processes: Processes) -> Scan:
+    """Return the shares of all processes in the order of the shards; only one's own pictures can be read."""
+    shares = processes.gather(replace(own, records=[replace(record, data=None) for record in own.records]))
+    if any(share.shards != own.shards for share in shares):
+        raise UserError(
+            f"the processes see different shards in {subset.place}: "
+            f"{', '.join(f'process {i} has {len(share.shards)}' for i, share in enumerate(shares))}. Where not every "
+            "machine holds all of them, a pattern must name them all, as in shards/set-{000..099}.tar."
+        )
+    shares[processes.index] = own
+    records = [record for share in shares for record in share.records]
+    notes = [f"process {i}: {note}" for i, share in enumerate(shares) for note in share.notes]
+    return Scan(
+        sorted(records, key=lambda record: record.shard or 0), own.notes if len(shares) == 1 else notes, own.shards
+    )
 
 
 def _crops(dataset: DatasetRules, records: Sequence[ImageRecord]) -> list[CropPlan]:

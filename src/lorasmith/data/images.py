@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lorasmith.data.buckets import CropPlan, Size
 from lorasmith.data.faces import Face, FaceDraws, crop_around
-from lorasmith.data.records import ImageRecord
+from lorasmith.data.records import ImageRecord, PictureData
 from lorasmith.errors import UserError
 
 # All that Pillow decodes and knows by its first bytes, but for EPS and WMF, which other programs draw. TGA has no such
@@ -48,6 +48,7 @@ _IS_CONVERTED = "converted to sRGB by their colour profile"
 _HAS_BAD_PROFILE = "with a colour profile that is broken or for other kinds of pictures, and taken as sRGB"
 _SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 _SAME_COLOUR = 2  # of 255: a profile that changes none by more is sRGB in other words
+_NO_DATA: Mapping[Path, PictureData] = {}
 _COLOUR_SPACES = {"RGB": ("RGB", "L"), "GRAY": ("L",), "CMYK": ("CMYK",)}  # of profiles: the modes that they fit
 
 _ORIENTATION = 0x0112  # EXIF tag
@@ -164,6 +165,8 @@ def require_folder(folder: Path) -> None:
         beside = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
         near = difflib.get_close_matches(folder.name, beside, n=1)
         hint = f"did you mean {folder.parent / near[0]}?" if near else "check the path."
+        if not near and len(folder.parts) == 2 and not folder.is_absolute():
+            hint = "check the path; a data set of the Hugging Face hub needs --source huggingface."
         raise UserError(f"there is no folder {folder}; {hint}")
     try:
         next(folder.iterdir(), None)
@@ -221,12 +224,16 @@ def open_as_stored(path: Path) -> tuple[Image.Image, str]:
 
 
 def _bytes_of(record: ImageRecord) -> bytes:
-    if record.data is None:
-        return _read(record.path)
+    return _bytes_at(record.path, record.data)
+
+
+def _bytes_at(path: Path, data: PictureData | None) -> bytes:
+    if data is None:
+        return _read(path)
     try:
-        return record.data.read()
+        return data.read()
     except OSError as error:
-        raise UnreadablePicture(record.path, f"its archive cannot be read ({error.strerror or error})") from error
+        raise UnreadablePicture(path, f"its bytes cannot be read ({error.strerror or error})") from error
 
 
 def probe(path: Path) -> tuple[Size, str]:
@@ -239,14 +246,20 @@ def probe(path: Path) -> tuple[Size, str]:
     return probed.size, probed.content_hash
 
 
-def probe_all(paths: Sequence[Path], *, skip_unreadable: bool) -> tuple[dict[Path, tuple[Size, str]], list[str]]:
+def probe_all(
+    paths: Sequence[Path], *, skip_unreadable: bool, data: Mapping[Path, PictureData] = _NO_DATA
+) -> tuple[dict[Path, tuple[Size, str]], list[str]]:
     """Probe all pictures and return what `probe` says of each readable one, with notes on those that are not plain.
+
+    Args:
+        data: where the bytes are of those that have no file of their own.
 
     Raises:
         UserError: some cannot be read and are not to be skipped, or none can; lists every one with its reason.
     """
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        results = dict(zip(paths, pool.map(_probe_or_error, paths), strict=True))
+        found = pool.map(_probe_or_error, paths, map(data.get, paths))
+        results = dict(zip(paths, found, strict=True))
     errors = [result for result in results.values() if isinstance(result, UnreadablePicture)]
     readable = {path: result for path, result in results.items() if not isinstance(result, UnreadablePicture)}
     probed = {path: (result.size, result.content_hash) for path, result in readable.items()}
@@ -272,15 +285,15 @@ def _remark_notes(remarks: Mapping[Path, Sequence[str]]) -> list[str]:
     return notes
 
 
-def _probe(path: Path) -> _Probed:
-    data = _read(path)
+def _probe(path: Path, source: PictureData | None = None) -> _Probed:
+    data = _bytes_at(path, source)
     decoded = _decode(path, data, "white")
     return _Probed(decoded.image.size, hashlib.sha256(data).hexdigest(), decoded.remarks)
 
 
-def _probe_or_error(path: Path) -> _Probed | UnreadablePicture:
+def _probe_or_error(path: Path, source: PictureData | None) -> _Probed | UnreadablePicture:
     try:
-        return _probe(path)
+        return _probe(path, source)
     except UnreadablePicture as error:
         return error
 

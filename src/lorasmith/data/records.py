@@ -31,7 +31,7 @@ class Mask:
 class ImageRecord:
     """One picture with its caption.
 
-    path: the file; with `data`, only the picture's name. size: (width, height) in pixels, after the EXIF orientation.
+    path: the file; with `data`, where in its archive it lies. size: (width, height) in pixels, after the EXIF orientation.
     repeats: how often it counts in an epoch. is_prior: a regularization picture. group: the name of the folder it came
     from. content_hash: SHA-256 of the file. dataset, subset: indexes of the rules that it follows, subsets counted over
     all data sets. shard: number of the archive that it lies in, which one process alone reads; None: all read it.
@@ -54,17 +54,21 @@ class ImageRecord:
 
     @property
     def identity(self) -> tuple[object, ...]:
-        """All that training depends on, and nothing about where the picture lies."""
+        """All that training depends on in one process, and nothing about where the picture lies."""
         return (
             self.path.name, self.caption, self.size, self.repeats, self.is_prior, self.content_hash, self.dataset,
-            self.subset, self.shard, self.is_validation,
+            self.subset, self.is_validation,
             self.mask and self.mask.content_hash,
         )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What a source found: the pictures, and plain sentences about them for the printed plan."""
+    """What a source found: the pictures, and plain sentences about them for the printed plan.
+
+    shards: the names of all archives, whichever process reads them, if the source is read by shard.
+    """
 
     records: Sequence[ImageRecord]
     notes: Sequence[str] = field(default_factory=list)
+    shards: Sequence[str] = ()

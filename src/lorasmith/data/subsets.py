@@ -7,6 +7,7 @@ their captions. The words are sd-scripts' (`[[datasets]]`, `[[datasets.subsets]]
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from lorasmith.data.buckets import Buckets, Size
 from lorasmith.data.captions import CaptionOptions, settled
@@ -44,15 +45,19 @@ class Augmentation:
 class Subset:
     """Pictures from one place, and the rules for them.
 
-    source: a plug of `data/sources`. place: its folder, pattern or hub id. metadata: a file with their captions.
+    source: a plug of `data/sources`, or `auto`: chosen by the place. place: its folder, pattern or hub id. metadata: a
+    file with their captions. image_column, caption_column, dataset_split: of a Hugging Face data set; None: guessed.
     caption: of pictures that have none of their own. recursive: also folders in folders. all_lines: captions are all
     lines of their files. alpha_color: what is seen through transparent pictures. masks: folder of pictures that say how
     much each place is learned; see `data/masks.py`. alpha_mask: the pictures' own transparency says that.
     """
 
     place: str = ""
-    source: str = "folder"
+    source: str = "auto"
     metadata: Path | None = None
+    image_column: str | None = None
+    caption_column: str | None = None
+    dataset_split: str = "train"
     is_prior: bool = False
     repeats: int = 1
     caption: str | None = None
@@ -79,7 +84,8 @@ class Subset:
     @property
     def placeless(self) -> "Subset":
         """The subset without where it lies and how it is read, which a resumed run may change."""
-        return replace(self, place="", metadata=None, masks=None, skip_unreadable=False)
+        source: dict[str, Any] = {"source": "", "image_column": None, "caption_column": None, "dataset_split": ""}
+        return replace(self, place="", metadata=None, masks=None, skip_unreadable=False, **source)
 
 
 @dataclass(frozen=True)
