@@ -131,6 +131,28 @@ def test_what_is_too_long_is_shortened_and_says_so(tags: dict[str, dict[str, int
     assert json.loads(short["ss_bucket_info"])["buckets"].items() <= buckets.items()
 
 
+def test_data_sets_are_shortened_like_the_whole() -> None:
+    tags = {"photos": {f"tag {i}": 1000 - i for i in range(1000)}}
+    buckets = {"buckets": {str(i): {"resolution": [64 * i, 512], "count": i + 1} for i in range(40)}}
+    datasets = [
+        {"tag_frequency": tags, "bucket_info": buckets, "subsets": [1]},
+        {"tag_frequency": {}, "bucket_info": None, "subsets": [2]},
+    ]
+    short = metadata.fit({"ss_datasets": json.dumps(datasets), "ss_seed": "1"}, 5000)
+    assert short[metadata.TRUNCATED_KEY] == "ss_datasets" and metadata._size(short) <= 5000
+    first, second = json.loads(short["ss_datasets"])
+    kept = first["tag_frequency"]["photos"]
+    assert list(kept) == [f"tag {i}" for i in range(len(kept))] and 100 < len(kept) < 300
+    assert "39" in first["bucket_info"]["buckets"] and "0" not in first["bucket_info"]["buckets"]
+    assert first["subsets"] == [1] and second == datasets[1]
+
+
+def test_with_data_sets_what_each_has_is_not_said_of_all() -> None:
+    written = metadata.training({**VALUES, "datasets": [{"resolution": (512, 512)}]})
+    assert json.loads(written["ss_datasets"]) == [{"resolution": [512, 512]}]
+    assert written.keys() < {*metadata.training(VALUES), "ss_datasets"} and "ss_resolution" not in written
+
+
 def test_the_larger_one_is_shortened_first() -> None:
     tags = {"1_x": {f"tag {i}": 1000 - i for i in range(1000)}}
     full = {"ss_tag_frequency": json.dumps(tags), "ss_bucket_info": '{"buckets": {"0": {"count": 3}}}'}

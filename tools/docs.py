@@ -1,4 +1,4 @@
-"""Writes docs/options.md and docs/schema/*.json from the options themselves: `make docs`."""
+"""Writes docs/options.md, docs/schema/*.json and the keys of docs/dataset-config.md from the code: `make docs`."""
 
 import json
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 from lorasmith import config
 from lorasmith.config import COMMANDS, Option, Section
+from lorasmith.data.dataset_config import KEYS, Key
 
 ROOT = Path(__file__).resolve().parent.parent
 _INTRODUCTION = """\
@@ -37,7 +38,25 @@ def pages() -> dict[Path, str]:
         for name, model in COMMANDS.items()
     }
     options = "\n".join([_INTRODUCTION, *(_command(name, model) for name, model in COMMANDS.items())])
-    return {ROOT / "docs" / "options.md": options, **schemas}
+    dataset_config = ROOT / "docs" / "dataset-config.md"
+    return {
+        ROOT / "docs" / "options.md": options,
+        dataset_config: _with_keys(dataset_config.read_text(encoding="utf-8")),
+        **schemas,
+    }
+
+
+def _with_keys(text: str) -> str:
+    """Return the page about dataset files with its table made anew."""
+    before, head, after = text.partition("| key | under | value | else | what it does |\n|---|---|---|---|---|\n")
+    return before + head + "".join(f"{_key_row(key)}\n" for key in KEYS.values()) + after[after.index("\n## ") :]
+
+
+def _key_row(key: Key) -> str:
+    under = "any" if len(key.levels) == 3 else " or ".join(f"`{level}`" for level in key.levels)
+    values = " or ".join(f"`{json.dumps(value)}`" for value in key.only) if key.only else key.expected
+    option = f"`--{key.option.replace('_', '-')}`" if key.option else ""
+    return f"| `{key.name}` | {under} | {values} | {option} | {key.help.replace('|', chr(92) + '|')} |"
 
 
 def _command(name: str, model: type[Section]) -> str:

@@ -198,6 +198,15 @@ class DataSection(Section):
     captions: Place | None = Field(
         default=None, description="Metadata file, JSON or JSONL, with captions and tags (the fine-tuning method)."
     )
+    dataset_config: Place | None = Field(
+        default=None,
+        description="Dataset file, TOML or JSON as sd-scripts reads it: data sets and subsets with own folders and "
+        "rules, instead of `images`; the options count where it says nothing.",
+    )
+    dataset_root: Place | None = Field(
+        default=None,
+        description="Folder that relative paths in the dataset file start from; left out, the working folder.",
+    )
     recursive: bool = Field(default=False, description="Use the pictures of folders in folders too.")
     caption: str | None = Field(default=None, description="Caption for pictures that have none of their own.")
     caption_extension: str | None = Field(
@@ -479,7 +488,11 @@ def contradictions(cfg: TrainConfig) -> list[str]:
     bucket_limits = [name for name in ("bucket_min", "bucket_max") if _is_changed(data, name)]
     bucket_options = [*bucket_limits, "bucket_step", "bucket_rule", "bucket_no_upscale"]
     bucket_options = [name for name in bucket_options if _is_changed(data, name)]
+    in_file = [name for name in ("images", "regularization", "captions", "caption") if getattr(data, name) is not None]
     checks = {
+        f"dataset_config names folders and captions by itself, but {' and '.join(in_file)} "
+        f"{'is' if len(in_file) == 1 else 'are'} given too; leave out one or the other": data.dataset_config
+        and in_file,
         "steps and epochs are both given; give one of them": training.steps and training.epochs,
         "masks and alpha_mask both say which places are learned; leave out one of them": data.masks and data.alpha_mask,
         f"cache_latents keeps each picture as it is, but {' and '.join(augmentations)} would change it every time; "
@@ -510,28 +523,25 @@ def contradictions(cfg: TrainConfig) -> list[str]:
             data.captions and not data.images and not cfg.resume
         ),
         f"{' and '.join(bucket_options)} would change the buckets, but they are off; "
-        "add buckets, or leave out the other": not data.buckets and bucket_options,
+        "add buckets, or leave out the other": not data.buckets and not data.dataset_config and bucket_options,
+        "dataset_root is for the paths in a dataset file, but dataset_config, the file, is missing; give it, or leave "
+        "the other out": data.dataset_root and not data.dataset_config and not cfg.resume,
         f"bucket_no_upscale takes the buckets from the pictures' own sizes, so {' and '.join(bucket_limits)} would "
         "have no effect; leave out one or the other": data.bucket_no_upscale and bucket_limits,
-        f"keep_tokens = {data.keep_tokens} and keep_tokens_separator = {data.keep_tokens_separator} both say which "
-        "parts stay in place; leave out one of them": data.keep_tokens and data.keep_tokens_separator,
-        f"secondary_separator = {data.secondary_separator} cannot be told from the other separators, "
-        f"{data.caption_separator} {data.keep_tokens_separator}: one is in the other; give one of other characters": (
-            data.secondary_separator
-            and any(
-                other and (other in data.secondary_separator or data.secondary_separator in other)
-                for other in (data.caption_separator, data.keep_tokens_separator)
-            )
+        **dict.fromkeys(
+            separator_contradictions(
+                data.keep_tokens, data.keep_tokens_separator, data.caption_separator, data.secondary_separator
+            ),
+            True,
         ),
-        f"keep_tokens_separator = {data.keep_tokens_separator} is part of caption_separator = "
-        f"{data.caption_separator}; give one that is not": data.keep_tokens_separator
-        and data.keep_tokens_separator in data.caption_separator,
         "token_warmup_min says with how many parts the growth begins, but token_warmup_steps, how long it takes, is "
         "missing; give it, or leave the other out": (
             _is_changed(data, "token_warmup_min") and not data.token_warmup_steps and not cfg.resume
         ),
         "prior_loss_weight is for regularization pictures, but regularization, their folder, is missing; "
-        "give it, or leave the weight out": not data.regularization and _is_changed(data, "prior_loss_weight"),
+        "give it, or leave the weight out": (
+            not data.regularization and not data.dataset_config and _is_changed(data, "prior_loss_weight")
+        ),
         f"images and regularization are the same folder, {data.images}; give regularization pictures of the class, "
         "not of the thing itself, in a folder of their own": (
             data.images
@@ -541,11 +551,34 @@ def contradictions(cfg: TrainConfig) -> list[str]:
         "validation_seed, validate_every_epochs and validate_every_steps are for held-out pictures, but "
         "validation_split, their share, is missing; give it, or leave the others out": (
             not cfg.validation.validation_split
+            and not data.dataset_config
             and any(_is_changed(cfg.validation, name) for name in type(cfg.validation).model_fields)
         ),
         "resume goes on with a run, but overwrite starts afresh; leave out one of them": (
             cfg.resume and cfg.save.overwrite
         ),
+    }
+    return [message for message, is_wrong in checks.items() if is_wrong]
+
+
+def separator_contradictions(
+    keep_tokens: int, keep_tokens_separator: str, caption_separator: str, secondary_separator: str
+) -> list[str]:
+    """Return one sentence for each thing about the separators of captions that cannot be meant."""
+    checks = {
+        f"keep_tokens = {keep_tokens} and keep_tokens_separator = {keep_tokens_separator} both say which "
+        "parts stay in place; leave out one of them": keep_tokens and keep_tokens_separator,
+        f"secondary_separator = {secondary_separator} cannot be told from the other separators, "
+        f"{caption_separator} {keep_tokens_separator}: one is in the other; give one of other characters": (
+            secondary_separator
+            and any(
+                other and (other in secondary_separator or secondary_separator in other)
+                for other in (caption_separator, keep_tokens_separator)
+            )
+        ),
+        f"keep_tokens_separator = {keep_tokens_separator} is part of caption_separator = "
+        f"{caption_separator}; give one that is not": keep_tokens_separator
+        and keep_tokens_separator in caption_separator,
     }
     return [message for message, is_wrong in checks.items() if is_wrong]
 
@@ -782,7 +815,7 @@ _Config = TypeVar("_Config", bound=Section)
 _LIMITS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
 _FORMATS = {"width,height": "size", "low,high": "range"}
 _KINDS = {**_FORMATS, "string": "text", "array": "list"}  # others are called as the schema calls them
-_EXPECTED = {
+EXPECTED = {
     "boolean": "true or false",
     "integer": "a whole number",
     "number": "a number",
@@ -857,8 +890,8 @@ def build(command: type[_Config], given: Mapping[str, Any], file: Path | None = 
     Raises:
         UserError: a line for each mistake, which names the option, or the line of the file, and what was expected.
     """
-    text = "" if file is None else _read(file)
-    merged = _laid_over({} if file is None else _parse(file, text), given)
+    text = "" if file is None else read_text(file)
+    merged = _laid_over({} if file is None else parse_toml(file, text), given)
     mistakes = {option.place: _expectation(option) for option in options(command) if _is_misread(option, merged)}
     config = None
     try:
@@ -899,7 +932,7 @@ def load_toml(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read, or is not TOML; the line is named.
     """
-    return _parse(path, _read(path))
+    return parse_toml(path, read_text(path))
 
 
 def dump_toml(values: Mapping[str, Any]) -> str:
@@ -925,7 +958,7 @@ def _option(section: str, name: str, facts: Mapping[str, Any]) -> Option:
     kind = _kind(shape)
     choices = tuple(str(choice) for choice in shape.get("enum", ()))
     limits = [f"{word} {shape[key]}" for key, word in _LIMITS.items() if key in shape]
-    expected = f"one of {', '.join(choices)}" if choices else " ".join([_EXPECTED[kind], " and ".join(limits)]).strip()
+    expected = f"one of {', '.join(choices)}" if choices else " ".join([EXPECTED[kind], " and ".join(limits)]).strip()
     positional = facts.get("positional", "")
     return Option(section, name, kind, expected, choices, facts.get("default"), facts["description"], positional)
 
@@ -937,7 +970,12 @@ def _kind(shape: Mapping[str, Any]) -> str:
     return _KINDS.get(name, name)
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """Read a file of text.
+
+    Raises:
+        UserError: it cannot be read, or is not UTF-8.
+    """
     try:
         return path.read_text(encoding="utf-8-sig")  # Windows editors put a byte order mark first
     except FileNotFoundError:
@@ -945,10 +983,15 @@ def _read(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: expected text in UTF-8 ({error.reason}); save it anew as UTF-8.") from error
     except OSError as error:
-        raise UserError(f"{path}: expected a TOML file that can be read, but: {error.strerror}.") from error
+        raise UserError(f"{path}: expected a file that can be read, but: {error.strerror}.") from error
 
 
-def _parse(path: Path, text: str) -> dict[str, Any]:
+def parse_toml(path: Path, text: str) -> dict[str, Any]:
+    """Return what a TOML text says.
+
+    Raises:
+        UserError: it is not TOML; the line is named.
+    """
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -961,8 +1004,8 @@ def _parse(path: Path, text: str) -> dict[str, Any]:
         raise UserError(f"{path}, line {line}: this is not TOML: {message}{hint}.") from error
 
 
-def _line_of(text: str, place: tuple[str, ...]) -> int:
-    """Return the line where an option or section of a TOML text begins.
+def line_in_toml(text: str, place: tuple[str | int, ...]) -> int:
+    """Return the line where an option or table of a TOML text begins; tables in a list are counted from 0.
 
     tomllib tells no places: the first lines that parse and hold the option end with it, and it began after the lines
     that parsed before.
@@ -989,9 +1032,10 @@ def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, 
     return merged
 
 
-def _holds(values: Any, place: tuple[str, ...]) -> bool:
+def _holds(values: Any, place: tuple[str | int, ...]) -> bool:
     for name in place:
-        if not isinstance(values, Mapping) or name not in values:
+        names = range(len(values)) if isinstance(values, list) else values if isinstance(values, Mapping) else ()
+        if name not in names:
             return False
         values = values[name]
     return True
@@ -1047,7 +1091,7 @@ def _unknown(command: type[Section], place: tuple[str, ...]) -> str:
 def _name_in_file(file: Path | None, text: str, place: tuple[str, ...], values: Mapping[str, Any]) -> str:
     value = _value(values, place)
     shown = f"[{'.'.join(place)}]" if isinstance(value, Mapping) else _shortened(tomli_w.dumps({place[-1]: value}))
-    return f"{file}, line {_line_of(text, place)}: {shown}"
+    return f"{file}, line {line_in_toml(text, place)}: {shown}"
 
 
 def _name_of_flag(place: tuple[str, ...], values: Mapping[str, Any]) -> str:

@@ -29,6 +29,7 @@ _TRAINING: dict[str, Any] = {
     "clip_skip": None,
     "color_aug": False,
     "dataset_dirs": ...,
+    "datasets": None,
     "debiased_estimation": False,
     "enable_bucket": ...,
     "epoch": ...,
@@ -105,8 +106,21 @@ _TRAINING: dict[str, Any] = {
     "validation_split": 0.0,
     "zero_terminal_snr": False,
 }
-_AS_JSON = {"bucket_info", "dataset_dirs", "network_args", "reg_dataset_dirs", "tag_frequency"}
-_ONLY_WHEN_GIVEN = {"network_args", "sd_model_hash", "new_sd_model_hash", "vae_name", "vae_hash", "new_vae_hash"}
+_AS_JSON = {"bucket_info", "dataset_dirs", "datasets", "network_args", "reg_dataset_dirs", "tag_frequency"}
+_WITHOUT_DATASET_FILE = {  # each data set has its own of these in `datasets`
+    "batch_size_per_device", "bucket_info", "bucket_no_upscale", "color_aug", "enable_bucket", "flip_aug",
+    "keep_tokens", "max_bucket_reso", "min_bucket_reso", "random_crop", "reg_dataset_dirs", "resolution",
+    "shuffle_caption", "total_batch_size",
+}  # fmt: skip
+_ONLY_WHEN_GIVEN = {
+    "datasets",
+    "network_args",
+    "sd_model_hash",
+    "new_sd_model_hash",
+    "vae_name",
+    "vae_hash",
+    "new_vae_hash",
+}
 
 
 def training(values: Mapping[str, Any]) -> dict[str, str]:
@@ -114,7 +128,8 @@ def training(values: Mapping[str, Any]) -> dict[str, str]:
 
     Args:
         values: by sd-scripts' name without `ss_`, as plain values (True, 1e-4, None, (512, 512), dicts).
-            Times are unix seconds. What is left out gets what sd-scripts writes when the feature is off.
+            Times are unix seconds. What is left out gets what sd-scripts writes when the feature is off. With
+            `datasets`, what each of them has of its own is left out.
 
     Raises:
         KeyError: a name that sd-scripts does not have, or one that every file needs is missing.
@@ -128,6 +143,7 @@ def training(values: Mapping[str, Any]) -> dict[str, str]:
         f"ss_{name}": _to_json(value) if name in _AS_JSON else str(value)
         for name, value in merged.items()
         if not (value is None and name in _ONLY_WHEN_GIVEN)
+        and not (merged["datasets"] is not None and name in _WITHOUT_DATASET_FILE)
     }
 
 
@@ -188,8 +204,8 @@ def legacy_hash(serialized: bytes) -> str:
 def fit(metadata: Mapping[str, str], max_bytes: int = MAX_BYTES) -> dict[str, str]:
     """Return the metadata, shortened to `max_bytes` of JSON if it is longer: UIs read every header when they start.
 
-    The larger of `ss_tag_frequency` and `ss_bucket_info` is halved until it fits: rare tags and small buckets go first.
-    What was shortened is named under `lorasmith.truncated`.
+    The largest of `ss_tag_frequency`, `ss_bucket_info` and `ss_datasets`, which holds such too, is halved until it
+    fits: rare tags and small buckets go first. What was shortened is named under `lorasmith.truncated`.
     """
     fitted = dict(metadata)
     while _size(fitted) > max_bytes and (name := _largest_that_shortens(fitted)):
@@ -229,4 +245,18 @@ def _most(items: dict[str, Any], keep: int, count: Callable[[Any], int]) -> dict
     return {name: value for name, value in items.items() if name in chosen}
 
 
-_SHORTENERS: dict[str, Callable[[Any], Any]] = {"ss_tag_frequency": _halve_tags, "ss_bucket_info": _halve_buckets}
+def _halve_datasets(datasets: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Halve tags and buckets of each data set."""
+    return [
+        {
+            **dataset,
+            "tag_frequency": _halve_tags(dataset["tag_frequency"]),
+            "bucket_info": dataset["bucket_info"] and _halve_buckets(dataset["bucket_info"]),
+        }
+        for dataset in datasets
+    ]
+
+
+_SHORTENERS: dict[str, Callable[[Any], Any]] = {
+    "ss_tag_frequency": _halve_tags, "ss_bucket_info": _halve_buckets, "ss_datasets": _halve_datasets,
+}  # fmt: skip

@@ -10,6 +10,7 @@ from lorasmith.data import captions
 from lorasmith.data.buckets import CropPlan
 from lorasmith.data.captions import CaptionOptions
 from lorasmith.data.records import ImageRecord
+from lorasmith.data.subsets import DatasetRules
 from lorasmith.seeds import derive
 
 _NAME_WIDTH, _LINE_WIDTH = 11, 118
@@ -22,6 +23,27 @@ def plan_page(title: str, paragraphs: Mapping[str, Sequence[str]]) -> str:
         wrapped = [part for sentence in sentences for part in _wrap(sentence)]
         lines += [f"{'' if number else name:<{_NAME_WIDTH}}{part}" for number, part in enumerate(wrapped)]
     return "\n".join(lines) + "\n"
+
+
+def dataset_lines(
+    datasets: Sequence[DatasetRules], records: Sequence[ImageRecord], repeats: Sequence[int]
+) -> list[str]:
+    """Say of which data sets and subsets there is how much, and in which shapes."""
+    lines, index = [], 0
+    for number, dataset in enumerate(datasets, start=1):
+        buckets, (width, height) = dataset.buckets, dataset.resolution
+        sides = "" if buckets is None or buckets.no_upscale else f" from {buckets.min_side} to {buckets.max_side}"
+        shapes = "no buckets" if buckets is None else f"buckets{sides} in steps of {buckets.step}"
+        lines.append(f"data set {number}: {width}x{height}, batch {dataset.batch_size}, {shapes}")
+        for subset in dataset.subsets:
+            own = [i for i, record in enumerate(records) if record.subset == index]
+            kind = ", regularization" if subset.is_prior else ""
+            samples = sum(repeats[i] for i in own)
+            lines.append(
+                f"  {subset.place}{kind}: {_pictures(len(own))} x {subset.repeats}, {samples} samples an epoch"
+            )
+            index += 1
+    return lines
 
 
 def caption_lines(records: Sequence[ImageRecord], shown: int = 3) -> list[str]:

@@ -26,7 +26,7 @@ from lorasmith import config, metadata, model_families
 from lorasmith.checkpoint import atomic_file, open_checkpoint
 from lorasmith.command_line import quoted
 from lorasmith.config import TrainConfig
-from lorasmith.data import captions
+from lorasmith.data import captions, dataset_config, dataset_metadata
 from lorasmith.data.buckets import Buckets, CropPlan, Size
 from lorasmith.data.captions import CaptionOptions
 from lorasmith.data.dataset import Dataset, Posteriors, plain_pixels, read_ahead
@@ -147,9 +147,8 @@ def prepare(cfg: TrainConfig, processes: Processes, state: State | None) -> Prep
         rank, alpha = _check_weights(cfg.network, facts, shapes)
     if cfg.resume is None or _folder(cfg).path.resolve() != _run_folder(cfg.resume).resolve():
         check_free(_folder(cfg), overwrite=cfg.save.overwrite)
-    resolution = cfg.data.resolution or facts.resolution
     set_pixel_limit(cfg.data.max_megapixels)
-    datasets = _datasets(cfg, resolution)
+    datasets, notes = _datasets(cfg, cfg.data.resolution or facts.resolution)
     _check_mask_options(cfg.data, datasets)
     gathered = gather(datasets, processes)
     plan = build_plan(
@@ -171,9 +170,9 @@ def prepare(cfg: TrainConfig, processes: Processes, state: State | None) -> Prep
         _check_processes_of_shards(state, gathered, plan)
         _check_resumable(state, fingerprint, plan, total_steps)
     return Preparation(
-        facts, precision, shapes, rank, alpha, resolution, datasets, gathered.records, gathered.crops,
+        facts, precision, shapes, rank, alpha, datasets[0].resolution, datasets, gathered.records, gathered.crops,
         [subset.for_run_of(total_steps) for subset in gathered.subsets],
-        [*gathered.notes, *_cut_notes(cfg, gathered), *plan.notes],
+        [*notes, *gathered.notes, *_cut_notes(cfg, gathered), *plan.notes],
         plan, validation_plan(plan, gathered.records, seed=_validation_seed(cfg)), total_steps, _prompts(cfg, gathered),
         [_caches_latents(cfg, dataset) for dataset in datasets], fingerprint, state,
     )  # fmt: skip
@@ -185,6 +184,11 @@ def _validation_seed(cfg: TrainConfig) -> int:
 
 
 def _caches_latents(cfg: TrainConfig, dataset: DatasetRules) -> bool:
+    if cfg.data.cache_latents and dataset.changing_augmentations:
+        raise UserError(
+            f"cache_latents keeps each picture as it is, but {' and '.join(dataset.changing_augmentations)} in "
+            f"{cfg.data.dataset_config} would change it every time; leave out one or the other."
+        )
     return not dataset.changing_augmentations if cfg.data.cache_latents is None else cfg.data.cache_latents
 
 
@@ -558,7 +562,7 @@ def _require(cfg: TrainConfig) -> None:
     """Ask for what cannot be guessed, all at once."""
     needed = {
         "--base (the model to train for)": cfg.model.base,
-        "--images (the folder of pictures)": cfg.data.images,
+        "--images (the folder of pictures)": cfg.data.images or cfg.data.dataset_config,
         "--output (the folder for the LoRA)": cfg.save.output,
     }
     missing = [name for name, value in needed.items() if not value]
@@ -596,6 +600,8 @@ def _merged(given: TrainConfig, run_folder: Path) -> TrainConfig:
 
 def _anywhere(options: dict[str, Any]) -> dict[str, Any]:
     """Return a run's options with whole paths; what is no file or folder here (a hub id) stays as it is."""
+    if "dataset_config" in options.get("data", {}):
+        options["data"]["dataset_root"] = os.path.abspath(options["data"].get("dataset_root", "."))
     for section, option in _PLACES:
         value = options.get(section, {}).get(option)
         if value is not None and (os.path.exists(value) or is_shards(value)):
@@ -686,12 +692,14 @@ def _rules(cfg: TrainConfig) -> list[Rule]:
     return [Rule(_PATTERNS[network.train], network.adapter, network.rank, network.alpha)]
 
 
-def _datasets(cfg: TrainConfig, resolution: Size) -> list[DatasetRules]:
-    """Return what is trained on, as rules: the pictures, with the regularization pictures beside them."""
+def _datasets(cfg: TrainConfig, resolution: Size) -> tuple[list[DatasetRules], list[str]]:
+    """Return what is trained on, as rules, and notes on it: what the dataset file says, or pictures as options say it.
+
+    In the latter case the regularization pictures are beside the others.
+    """
     data = cfg.data
-    assert data.images is not None
     subset = Subset(
-        place=str(data.images),
+        place=str(data.images or ""),
         source=data.source,
         metadata=data.captions,
         image_column=data.image_column,
@@ -725,16 +733,28 @@ def _datasets(cfg: TrainConfig, resolution: Size) -> list[DatasetRules]:
         data.bucket_rule == "sd-scripts",
         data.bucket_no_upscale,
     )
-    return [
-        DatasetRules(
-            tuple(subsets),
-            resolution,
-            buckets if data.buckets else None,
-            cfg.training.batch_size,
-            cfg.validation.validation_split,
-            _validation_seed(cfg),
+    rules = DatasetRules(
+        tuple(subsets),
+        resolution,
+        buckets if data.buckets else None,
+        cfg.training.batch_size,
+        cfg.validation.validation_split,
+        _validation_seed(cfg),
+    )
+    if data.dataset_config is None:
+        return [rules], []
+    file = dataset_config.read(data.dataset_config, rules, buckets=buckets, root=data.dataset_root or Path())
+    if data.prior_loss_weight != 1 and not any(subset.is_prior for one in file.datasets for subset in one.subsets):
+        raise UserError(
+            f"prior_loss_weight is for regularization pictures, but no subset of {data.dataset_config} says is_reg = "
+            "true; write that, or leave the weight out."
         )
-    ]
+    if not any(one.validation_split for one in file.datasets) and cfg.validation != config.ValidationSection():
+        raise UserError(
+            "validation_seed, validate_every_epochs and validate_every_steps are for held-out pictures, but "
+            f"validation_split, their share, is missing in {data.dataset_config}; write it, or leave the others out."
+        )
+    return file.datasets, file.notes
 
 
 def _check_mask_options(data: config.DataSection, datasets: Sequence[DatasetRules]) -> None:
@@ -969,6 +989,7 @@ def _page(cfg: TrainConfig, ready: Preparation, processes: Processes) -> str:
             f"{num_values / 1e6:.2f} M values"
             + (f", starting from {network.weights}, which fits" if network.weights else "")
         ],
+        "data sets": dataset_lines(ready.datasets, ready.records, plan.repeats) if cfg.data.dataset_config else [],
         "pictures": ready.notes,
         "captions": caption_lines(training_records) + _caption_rules(ready),
         "shapes": shape_lines(ready.records, ready.crops),
@@ -1138,6 +1159,8 @@ def _metadata(cfg: TrainConfig, ready: Preparation, step: int, started_at: float
         tags=save.tags,
         trigger_phrase=save.trigger_phrase,
     )
+    if data.dataset_config is not None:
+        values |= dataset_metadata.describe(ready.datasets, ready.records, plan, shares_captions=save.share_captions)
     return {**metadata.training(values), **spec}
 
 

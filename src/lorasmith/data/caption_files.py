@@ -111,12 +111,17 @@ def caption_problems(all_found: Iterable[CaptionFiles]) -> list[str]:
     return problems
 
 
-def uncaptioned_problem(pictures: Sequence[Path], accepted: Sequence[str], *, is_prior: bool) -> str:
+def uncaptioned_problem(
+    pictures: Sequence[Path], accepted: Sequence[str], *, is_prior: bool, in_dataset_file: bool = False
+) -> str:
     """Return a paragraph that names the pictures without any caption, and the ways to give them one."""
     option = "" if is_prior else ', or give --caption "your words" for all of them'
+    ways = f"{option}, or name their folder `1_your words`"
+    if in_dataset_file:
+        ways = ', or write class_tokens = "your words" for all of them'
     return (
         f"{len(pictures)} pictures have no caption; write a file beside each, with the same name and the extension "
-        f"{' or '.join(accepted)}{option}, or name their folder `1_your words`:{listed(pictures)}"
+        f"{' or '.join(accepted)}{ways}:{listed(pictures)}"
     )
 
 

@@ -50,6 +50,7 @@ class Subset:
     caption: of pictures that have none of their own. recursive: also folders in folders. all_lines: captions are all
     lines of their files. alpha_color: what is seen through transparent pictures. masks: folder of pictures that say how
     much each place is learned; see `data/masks.py`. alpha_mask: the pictures' own transparency says that.
+    in_dataset_file: a dataset file says all this, not the command line; then folders' names mean nothing.
     """
 
     place: str = ""
@@ -67,6 +68,7 @@ class Subset:
     alpha_color: str = "white"
     masks: Path | None = None
     alpha_mask: bool = False
+    in_dataset_file: bool = False
     captions: CaptionOptions = field(default_factory=CaptionOptions)
     augmentation: Augmentation = field(default_factory=Augmentation)
 

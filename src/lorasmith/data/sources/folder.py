@@ -32,6 +32,7 @@ from lorasmith.data.subsets import Subset
 from lorasmith.errors import UserError
 
 _DREAMBOOTH_NAME = re.compile(r"(\d*[1-9]\d*)_(.*\S.*)")
+_NO_NAME = re.compile(r"(?!)")
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ def scan_subset(subset: Subset) -> Scan:
         skip_unreadable=subset.skip_unreadable,
         all_lines=subset.captions.wildcards,
         recursive=subset.recursive,
+        in_dataset_file=subset.in_dataset_file,
     )
 
 
@@ -70,6 +72,7 @@ def scan(
     skip_unreadable: bool = False,
     all_lines: bool = False,
     recursive: bool = False,
+    in_dataset_file: bool = False,
 ) -> Scan:
     """Return the pictures of a folder in any of the three layouts, sorted by folder and name, each decoded once.
 
@@ -80,18 +83,19 @@ def scan(
         is_prior: these are regularization pictures.
         all_lines: captions are all lines of their files, not the first one only.
         recursive: take the pictures of all folders in it too, hidden ones not.
+        in_dataset_file: a dataset file says how this folder counts: no name of a folder means anything.
 
     Raises:
         UserError: no such folder, no pictures (says where there are some), unreadable pictures, caption files that are
             empty or not UTF-8, pictures without any caption.
     """
     require_folder(folder)
-    parts, notes = find_parts(folder, caption, repeats, recursive=recursive)
+    parts, notes = find_parts(folder, caption, repeats, recursive=recursive, in_dataset_file=in_dataset_file)
     if not any(part.pictures for part in parts):
-        raise UserError(nothing_found(folder))
+        raise UserError(nothing_found(folder, in_dataset_file=in_dataset_file))
     accepted = accepted_extensions(caption_extension)
     captions = [read_caption_files(part.folder, part.pictures, accepted, all_lines=all_lines) for part in parts]
-    _refuse_bad_captions(parts, captions, accepted, is_prior=is_prior)
+    _refuse_bad_captions(parts, captions, accepted, is_prior=is_prior, in_dataset_file=in_dataset_file)
     probed, probe_notes = probe_all(
         [picture for part in parts for picture in part.pictures], skip_unreadable=skip_unreadable
     )
@@ -103,24 +107,27 @@ def scan(
                 text = found.first_lines.get(picture, part.fallback or "")
                 records.append(ImageRecord(picture, text, size, part.repeats, is_prior, part.name, content_hash))
         notes += _part_notes(part, found)
-    return Scan(records, notes + probe_notes + _unused_option_notes(parts, captions, caption, repeats))
+    option = "class_tokens" if in_dataset_file else "caption"
+    return Scan(records, notes + probe_notes + _unused_option_notes(parts, captions, option, caption, repeats))
 
 
 def find_parts(
-    folder: Path, caption: str | None, repeats: int, *, recursive: bool = False
+    folder: Path, caption: str | None, repeats: int, *, recursive: bool = False, in_dataset_file: bool = False
 ) -> tuple[list[Part], list[str]]:
     """Return the folders to use, and notes on what is left aside."""
+    pattern = _NO_NAME if in_dataset_file else _DREAMBOOTH_NAME
     if recursive:
-        return _parts_within(folder, caption, repeats), []
+        return _parts_within(folder, pattern, caption, repeats), []
     name, direct, subfolders = folder.resolve().name, pictures_in(folder), _subfolders(folder)
-    own = _DREAMBOOTH_NAME.fullmatch(name)
-    named = {path: match for path in subfolders if (match := _DREAMBOOTH_NAME.fullmatch(path.name))}
+    own = pattern.fullmatch(name)
+    named = {path: match for path in subfolders if (match := pattern.fullmatch(path.name))}
     if any(pictures_in(path) for path in named) and not (own and direct):
         parts = [_dreambooth_part(path, path.name, match) for path, match in named.items()]
         return parts, _parent_notes(folder, direct, [path for path in subfolders if path not in named])
     aside = {path: pictures_in(path) for path in subfolders} if direct else {}
     notes = [
-        f"{path.name}: {_count(found)} in this subfolder, not used; --recursive would use them"
+        f"{path.name}: {_count(found)} in this subfolder, not used; "
+        f"{'recursive = true' if in_dataset_file else '--recursive'} would use them"
         for path, found in aside.items()
         if found
     ]
@@ -129,7 +136,7 @@ def find_parts(
     return [Part(folder, name, repeats, caption, False, direct)], notes
 
 
-def _parts_within(folder: Path, caption: str | None, repeats: int) -> list[Part]:
+def _parts_within(folder: Path, pattern: re.Pattern[str], caption: str | None, repeats: int) -> list[Part]:
     """Return a part for each folder with pictures, however deep, sorted by path."""
     parts, root = [], folder.resolve()
     for place, inner, _ in os.walk(folder):
@@ -138,7 +145,7 @@ def _parts_within(folder: Path, caption: str | None, repeats: int) -> list[Part]
         if not pictures:
             continue
         names = reversed([root.name, *path.parts])
-        match = next((match for name in names if (match := _DREAMBOOTH_NAME.fullmatch(name))), None)
+        match = next((match for name in names if (match := pattern.fullmatch(name))), None)
         name = path.as_posix() if path.parts else root.name
         if match:
             parts.append(Part(Path(place), name, int(match[1]), match[2].strip(), True, pictures))
@@ -167,7 +174,12 @@ def _parent_notes(folder: Path, direct: Sequence[Path], unnamed: Sequence[Path])
 
 
 def _refuse_bad_captions(
-    parts: Sequence[Part], captions: Sequence[CaptionFiles], accepted: Sequence[str], *, is_prior: bool
+    parts: Sequence[Part],
+    captions: Sequence[CaptionFiles],
+    accepted: Sequence[str],
+    *,
+    is_prior: bool,
+    in_dataset_file: bool,
 ) -> None:
     problems = caption_problems(captions)
     uncaptioned = [
@@ -177,7 +189,7 @@ def _refuse_bad_captions(
         if part.fallback is None and picture not in found.files
     ]
     if uncaptioned:
-        problems.append(uncaptioned_problem(uncaptioned, accepted, is_prior=is_prior))
+        problems.append(uncaptioned_problem(uncaptioned, accepted, is_prior=is_prior, in_dataset_file=in_dataset_file))
     refuse(problems)
 
 
@@ -219,19 +231,19 @@ def _part_summary(part: Part, captions: CaptionFiles) -> str:
 
 
 def _unused_option_notes(
-    parts: Sequence[Part], captions: Sequence[CaptionFiles], caption: str | None, repeats: int
+    parts: Sequence[Part], captions: Sequence[CaptionFiles], option: str, caption: str | None, repeats: int
 ) -> list[str]:
     """Say so when an option that was given changes nothing."""
     is_dreambooth, notes = parts[0].is_dreambooth, []
     has_all_files = all(len(found.files) == len(part.pictures) for part, found in zip(parts, captions, strict=True))
     if caption is not None and (is_dreambooth or has_all_files):
-        notes.append(f'caption = "{caption}" is not used: every picture has one of its own or of its folder\'s name')
+        notes.append(f'{option} = "{caption}" is not used: every picture has one of its own or of its folder\'s name')
     if repeats != 1 and is_dreambooth:
         notes.append(f"repeats = {repeats} is not used: the folders' names say how often their pictures count")
     return notes
 
 
-def nothing_found(folder: Path) -> str:
+def nothing_found(folder: Path, *, in_dataset_file: bool = False) -> str:
     """Say that there are no pictures, and where there are some."""
     foreign = foreign_pictures_in(folder)
     near = {path: _num_pictures(path) for path in [*_subfolders(folder), folder.resolve().parent]}
@@ -242,10 +254,8 @@ def nothing_found(folder: Path) -> str:
         advice = f"{'; '.join(places)}: give that folder instead, if it is the one that you mean."
     else:
         advice = "nor are there any one level up or down; check the path."
-    return (
-        f"no pictures found in {folder}, neither directly nor in folders named `N_identifier class` "
-        f"(looked for .jpg .png .webp .bmp .tif .gif and the like); {advice}"
-    )
+    where = "" if in_dataset_file else ", neither directly nor in folders named `N_identifier class`"
+    return f"no pictures found in {folder}{where} (looked for .jpg .png .webp .bmp .tif .gif and the like); {advice}"
 
 
 def _num_pictures(folder: Path) -> int:

@@ -28,11 +28,18 @@ def scan_subset(subset: Subset) -> Scan:
         caption=subset.caption,
         repeats=subset.repeats,
         skip_unreadable=subset.skip_unreadable,
+        caption_option='class_tokens = "your words"' if subset.in_dataset_file else '--caption "your words"',
     )
 
 
 def scan(
-    metadata: Path, folder: Path, *, caption: str | None = None, repeats: int = 1, skip_unreadable: bool = False
+    metadata: Path,
+    folder: Path,
+    *,
+    caption: str | None = None,
+    repeats: int = 1,
+    skip_unreadable: bool = False,
+    caption_option: str = '--caption "your words"',
 ) -> Scan:
     """Return the pictures named in a metadata file, with `caption, tags` as caption, sorted by path, each decoded once.
 
@@ -40,6 +47,7 @@ def scan(
         folder: where the pictures lie.
         caption: for pictures that have neither caption nor tags.
         repeats: how often each picture counts in an epoch (sd-scripts: dataset_repeats).
+        caption_option: how a caption for all is given, for a message.
 
     Raises:
         UserError: the file is missing, broken (with line and column) or of another form; no key has a picture, several
@@ -55,7 +63,7 @@ def scan(
     if uncaptioned and caption is None:
         raise UserError(
             f"{len(uncaptioned)} pictures have neither caption nor tags in {metadata}; add them there, or give "
-            f'--caption "your words" for all of them:{listed(uncaptioned)}'
+            f"{caption_option} for all of them:{listed(uncaptioned)}"
         )
     used = sorted(texts, key=lambda path: path.as_posix())
     probed, probe_notes = probe_all(used, skip_unreadable=skip_unreadable)
