@@ -65,6 +65,8 @@ OF_SUBSET: dict[str, tuple[Any, Callable[[Subset], Any], Any]] = {  # value, wha
         lambda subset: (subset.metadata, subset.source),
         (Path("meta.json"), "metadata_json"),
     ),
+    "conditioning_data_dir": ("masks", lambda subset: subset.masks, Path("masks")),
+    "alpha_mask": (True, lambda subset: subset.alpha_mask, True),
     "num_repeats": (7, lambda subset: subset.repeats, 7),
     "class_tokens": ("sks dog", lambda subset: subset.caption, "sks dog"),
     "caption_extension": (".tags", lambda subset: subset.caption_extension, ".tags"),
@@ -87,6 +89,10 @@ OF_SUBSET: dict[str, tuple[Any, Callable[[Subset], Any], Any]] = {  # value, wha
     "face_crop_aug_range": ([2, 4.5], lambda subset: subset.augmentation.face_portions, (2.0, 4.5)),
     "recursive": (True, lambda subset: subset.recursive, True),
     "alpha_color": ("#FF8000", lambda subset: subset.alpha_color, "#ff8000"),
+    "source": ("folder", lambda subset: subset.source, "folder"),
+    "image_column": ("photo", lambda subset: subset.image_column, "photo"),
+    "caption_column": ("words", lambda subset: subset.caption_column, "words"),
+    "dataset_split": ("test", lambda subset: subset.dataset_split, "test"),
 }
 BUCKETS = {"enable_bucket": True}
 OF_DATASET: dict[str, tuple[dict[str, Any], Any, Callable[[DatasetRules], Any], Any]] = {
@@ -162,6 +168,14 @@ def test_a_metadata_file_alone_has_its_pictures_beside_it(write: Write) -> None:
     (Path("b") / "meta.jsonl").write_text("")
     subset = read(write({"datasets": [{"subsets": [{"metadata_file": "b/meta.jsonl"}]}]})).datasets[0].subsets[0]
     assert (subset.place, subset.metadata) == ("b", Path("b/meta.jsonl"))
+
+
+def test_masks_of_the_command_line_are_not_for_regularization_pictures(write: Write) -> None:
+    path = write({"datasets": [{"subsets": [{"image_dir": "a"}, {"image_dir": "b", "is_reg": True}]}]})
+    for masked in (Subset(masks=Path("masks")), Subset(alpha_mask=True)):
+        own, prior = read(path, replace(DEFAULTS, subsets=(masked,))).datasets[0].subsets
+        assert (own.masks, own.alpha_mask) == (masked.masks, masked.alpha_mask)
+        assert (prior.masks, prior.alpha_mask) == (None, False)
 
 
 # ---- what counts ---------------------------------------------------------------------------------------------------
@@ -267,6 +281,14 @@ def test_a_tilde_is_the_home_folder(write: Write, tmp_path: Path, monkeypatch: p
     assert read(write(one_subset(SUBSET, {"image_dir": "~/b"}))).datasets[0].subsets[0].place == str(tmp_path / "b")
 
 
+def test_what_is_no_folder_is_left_to_its_source(write: Write, tmp_path: Path) -> None:
+    def place(**values: Any) -> str:
+        return read(write(one_subset(SUBSET, values)), root=tmp_path).datasets[0].subsets[0].place
+
+    assert place(image_dir="org/name", source="huggingface") == "org/name"
+    assert place(image_dir="tars/set-{0..3}.tar") == str(tmp_path / "tars" / "set-{0..3}.tar")
+
+
 # ---- what is told --------------------------------------------------------------------------------------------------
 
 
@@ -368,10 +390,16 @@ BAD = {
     "an odd resolution": ("[[datasets]]\nresolution = 500\n" + LAST, 2, ["multiple of 8", "504"]),
     "three sides": ("[[datasets]]\nresolution = [8, 8, 8]\n" + LAST, 2, ["one side or width,height"]),
     "half a range": (S + 'image_dir = "a"\nface_crop_aug_range = [2]', 4, ["two numbers above 0"]),
+    "an unknown source": (S + 'image_dir = "a"\nsource = "folders"', 4, ["did you mean folder?"]),
     "no folder": (f"# mine\n{S}num_repeats = 2", 3, ['image_dir is missing; write image_dir = "folder of pictures"']),
     "a folder that is not there": (S + "image_dir = 'masjs'", 3, ["there is no such folder", "did you mean masks?"]),
     "a file for a folder": (S + "image_dir = 'meta.json'", 3, ["expected a folder, but meta.json is none"]),
     "no such metadata": (S + "metadata_file = 'meta.jsn'", 3, ["there is no such file", "did you mean meta.json?"]),
+    "no such masks": (
+        S + "image_dir = 'a'\nconditioning_data_dir = 'c'",
+        4,
+        ["conditioning_data_dir", "no such folder"],
+    ),
     "no subsets": ("[general]\n[[datasets]]\nbatch_size = 2", 2, ["no subsets; write [[datasets.subsets]]"]),
     "no data sets": ("[general]\nflip_aug = true", 1, ["no data sets; write [[datasets]]"]),
     "nothing": ("", 1, ["no data sets; write [[datasets]]"]),
@@ -406,6 +434,12 @@ BAD = {
         ["caption_extension is given beside metadata_file"],
     ),
     "regularization by metadata": (f"{S}metadata_file = 'meta.json'\nis_reg = true", 4, ["is_reg is given beside"]),
+    "a source without its file": (f"{S}image_dir = 'a'\nsource = 'metadata_json'", 4, ["needs metadata_file"]),
+    "two masks": (
+        f"{S}image_dir = 'a'\nalpha_mask = true\nconditioning_data_dir = 'masks'",
+        5,
+        ["a picture has one mask"],
+    ),
     "a Windows path": (
         S + 'image_dir = "C:\\hoge"',
         3,

@@ -46,7 +46,15 @@ from lorasmith.models.base import Conditioning, LatentDiffusion
 from lorasmith.network import Network, Rule, check_ranks, match, part_of
 from lorasmith.optimizers.base import builder
 from lorasmith.output_folder import RUN_FILE, OutputFolder, check_free, move_aside
-from lorasmith.plan_page import caption_lines, caption_rule_lines, mask_lines, memory_line, plan_page, shape_lines
+from lorasmith.plan_page import (
+    caption_lines,
+    caption_rule_lines,
+    dataset_lines,
+    mask_lines,
+    memory_line,
+    plan_page,
+    shape_lines,
+)
 from lorasmith.processes import Processes
 from lorasmith.progress import Progress, memory_free
 from lorasmith.report import ReportContents, write_report
@@ -78,6 +86,7 @@ _STOPPING = "stopping after this step, then saving; once more ends at once, with
 _PLACES = (  # options of a run that name something on the disk, so that it can be gone on with from anywhere
     ("model", "base"), ("model", "vae"), ("network", "weights"),
     ("data", "images"), ("data", "regularization"), ("data", "captions"), ("data", "masks"),
+    ("data", "dataset_config"),
 )  # fmt: skip
 _PART_TITLES = {"text_encoder": "text encoder", "unet": "U-Net"}
 _PATTERNS = {"both": "*", "unet": "lora_unet_*", "text_encoder": "lora_te*"}
@@ -625,8 +634,9 @@ def _check_resumable(state: State, fingerprint: str, plan: Plan, total_steps: in
     """Refuse to go on with other data, another global batch, or a run that is over."""
     if state.facts.data_fingerprint != fingerprint:
         raise UserError(
-            "the pictures, captions or masks are not those that the run was started with, so it cannot "
-            "go on as it was. Put them back, or start a new run from the saved LoRA with --weights."
+            "the pictures, captions or masks are not those that the run was started with, or the dataset file says "
+            "something else of them, so it cannot go on as it was. Put them back, or start a new run from the saved "
+            "LoRA with --weights."
         )
     if state.facts.unit_sizes != plan.unit_sizes:
         raise UserError(
