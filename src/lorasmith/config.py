@@ -195,6 +195,14 @@ class DataSection(Section):
     prior_loss_weight: Annotated[float, Field(ge=0)] = Field(
         default=1.0, description="Weight of the regularization pictures' loss."
     )
+    prior_pictures: PositiveInt | None = Field(
+        default=None,
+        description="Let the base model draw regularization pictures into their folder first, until it holds so many.",
+    )
+    prior_prompt: str | None = Field(
+        default=None,
+        description="What is drawn, and the caption of these; left out, the class that the pictures' folder names.",
+    )
     captions: Place | None = Field(
         default=None, description="Metadata file, JSON or JSONL, with captions and tags (the fine-tuning method)."
     )
@@ -537,6 +545,11 @@ def contradictions(cfg: TrainConfig) -> list[str]:
         "token_warmup_min says with how many parts the growth begins, but token_warmup_steps, how long it takes, is "
         "missing; give it, or leave the other out": (
             _is_changed(data, "token_warmup_min") and not data.token_warmup_steps and not cfg.resume
+        ),
+        "prior_pictures are drawn into the folder of regularization pictures, but regularization, that folder, is "
+        "missing; give a place for them": data.prior_pictures and not data.regularization and not cfg.resume,
+        "prior_prompt is for prior_pictures, how many are to be drawn; give that too, or leave the prompt out": (
+            data.prior_prompt and not data.prior_pictures and not cfg.resume
         ),
         "prior_loss_weight is for regularization pictures, but regularization, their folder, is missing; "
         "give it, or leave the weight out": (

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 import lorasmith
-from lorasmith import config, metadata, model_families
+from lorasmith import config, metadata, model_families, prior_pictures
 from lorasmith.checkpoint import atomic_file, open_checkpoint
 from lorasmith.command_line import quoted
 from lorasmith.config import TrainConfig
@@ -31,7 +32,7 @@ from lorasmith.data.buckets import Buckets, CropPlan, Size
 from lorasmith.data.captions import CaptionOptions
 from lorasmith.data.dataset import Dataset, Posteriors, plain_pixels, read_ahead
 from lorasmith.data.gathering import Gathered, gather
-from lorasmith.data.images import set_pixel_limit
+from lorasmith.data.images import require_folder, set_pixel_limit
 from lorasmith.data.places import is_shards
 from lorasmith.data.plan import Plan, build_plan, validation_plan
 from lorasmith.data.records import ImageRecord
@@ -56,7 +57,7 @@ from lorasmith.plan_page import (
     shape_lines,
 )
 from lorasmith.processes import Processes
-from lorasmith.progress import Progress, memory_free
+from lorasmith.progress import Progress, counted, memory_free
 from lorasmith.report import ReportContents, write_report
 from lorasmith.resume import merge_options
 from lorasmith.samples_folder import SamplesFolder
@@ -126,10 +127,22 @@ def run(cfg: TrainConfig) -> int:
     processes = Processes(cfg.training.device)
     try:
         with processes.together():
-            ready = prepare(cfg, processes, state)
+            to_draw = _missing_prior_pictures(cfg)
+            ready = prepare(_before_drawing(cfg) if to_draw else cfg, processes, state)
+        if to_draw:
+            ready = replace(ready, notes=[*ready.notes, _to_draw_note(to_draw)])
         if processes.is_main:
             print(_page(cfg, ready, processes), flush=True)
-        return 0 if cfg.dry_run else train(cfg, ready, processes)
+        if cfg.dry_run:
+            return 0
+        if to_draw:
+            with processes.together():
+                _draw_prior_pictures(cfg, ready, to_draw, processes)
+            with processes.together():
+                ready = prepare(cfg, processes, state)
+            if processes.is_main:
+                print(_page(cfg, ready, processes), flush=True)
+        return train(cfg, ready, processes)
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise UserError(
             f"{processes.device} has too little memory for this. What to try, in this order: --gradient-checkpointing; "
@@ -212,6 +225,62 @@ def _fingerprint(gathered: Gathered, num_processes: int) -> str:
     return data_fingerprint(facts)
 
 
+def _missing_prior_pictures(cfg: TrainConfig) -> prior_pictures.Missing | None:
+    """Return the regularization pictures that the base model is to draw first; None if there are enough, or none asked.
+
+    Raises:
+        UserError: which class to draw is not said by the folders' names either.
+    """
+    data = cfg.data
+    if not data.prior_pictures:
+        return None
+    assert data.regularization is not None
+    assert data.images is not None
+    require_folder(data.images)
+    if data.regularization.exists():
+        require_folder(data.regularization)
+    classes = [data.prior_prompt] if data.prior_prompt else prior_pictures.class_words(data.images)
+    if len(classes) != 1:
+        found = f"the folders in {data.images} name {', '.join(classes)}" if classes else "no folder's name says it"
+        raise UserError(
+            f"prior_pictures: which class is to be drawn? {found}; give it with --prior-prompt, such as "
+            '--prior-prompt "a photo of a dog" for pictures of your own dog.'
+        )
+    missing = prior_pictures.missing(data.regularization, classes[0], data.prior_pictures)
+    return missing if missing.numbers else None
+
+
+def _before_drawing(cfg: TrainConfig) -> TrainConfig:
+    """Return the run without regularization pictures, to find all other mistakes before an hour of drawing."""
+    unset = {"regularization": None, "prior_pictures": None, "prior_prompt": None}
+    return cfg.model_copy(update={"data": cfg.data.model_copy(update=unset)})
+
+
+def _to_draw_note(to_draw: prior_pictures.Missing) -> str:
+    return (
+        f'regularization: the base model first draws {len(to_draw.numbers)} pictures of "{to_draw.prompt}" into '
+        f"{to_draw.folder}; they are kept, and not drawn again"
+    )
+
+
+def _draw_prior_pictures(
+    cfg: TrainConfig, ready: Preparation, to_draw: prior_pictures.Missing, processes: Processes
+) -> None:
+    """Draw this process's share of the regularization pictures that are missing."""
+    model, samples = _load_model(cfg, ready, processes.device), cfg.samples
+
+    def draw_one(prompt: str, seed: int) -> Image.Image:
+        settings: Any = {
+            "negative": samples.negative, "steps": samples.sample_steps, "guidance": samples.guidance
+        }  # fmt: skip
+        return generate(model, [prompt], seeds=[seed], size=ready.resolution, **settings)[0]
+
+    is_shown = cfg.log.progress and processes.is_main
+    numbers = to_draw.numbers[processes.index :: processes.count]
+    shown = counted(numbers, len(numbers), "drawing regularization pictures", is_shown=is_shown)
+    prior_pictures.draw(to_draw, shown, draw_one, seed=cfg.training.seed)
+
+
 def train(cfg: TrainConfig, ready: Preparation, processes: Processes) -> int:
     """Load the model, train to the last step or until asked to stop, save and report."""
     with processes.together():
@@ -225,18 +294,7 @@ def _session(cfg: TrainConfig, ready: Preparation, processes: Processes) -> "_Se
     _make_deterministic(device)
     if processes.is_main and cfg.log.progress:
         print(f"loading {cfg.model.base}", flush=True)
-    with open_checkpoint(cfg.model.base) as checkpoint:
-        model = model_families.load(
-            checkpoint,
-            dtype=_DTYPES[ready.precision],
-            device=device,
-            vae=cfg.model.vae,
-            prediction=ready.facts.prediction,
-            clip_skip=cfg.model.clip_skip,
-            ema=cfg.model.ema,
-            max_token_length=cfg.data.max_token_length,
-            weighted_captions=cfg.data.weighted_captions,
-        )
+    model = _load_model(cfg, ready, device)
     model.vae.to(vae_home(device, caches_latents=all(ready.cached)))
     network = _network(cfg, model)
     network.attach()
@@ -264,6 +322,21 @@ def _session(cfg: TrainConfig, ready: Preparation, processes: Processes) -> "_Se
         optimizer.load_state_dict(state.optimizer)
         stepper.scaler.load_state_dict(state.scaler)
     return _Session(cfg, ready, processes, model, network, optimizer, stepper)
+
+
+def _load_model(cfg: TrainConfig, ready: Preparation, device: torch.device) -> LatentDiffusion:
+    with open_checkpoint(cfg.model.base) as checkpoint:
+        return model_families.load(
+            checkpoint,
+            dtype=_DTYPES[ready.precision],
+            device=device,
+            vae=cfg.model.vae,
+            prediction=ready.facts.prediction,
+            clip_skip=cfg.model.clip_skip,
+            ema=cfg.model.ema,
+            max_token_length=cfg.data.max_token_length,
+            weighted_captions=cfg.data.weighted_captions,
+        )
 
 
 class _Session:
@@ -951,7 +1024,7 @@ def _posteriors(cfg: TrainConfig, ready: Preparation, model: LatentDiffusion, pr
     encoded: dict[tuple[int, bool], torch.Tensor] = {}  # mean and std, (2, C, H/f, W/f)
     with processes.together(), lent(model.vae, model.device):
         pixels = read_ahead(pixels_of, mine, workers=cfg.data.workers)
-        for key, picture in zip(mine, _counted(pixels, len(mine), is_shown=is_shown), strict=True):
+        for key, picture in zip(mine, counted(pixels, len(mine), "caching latents", is_shown=is_shown), strict=True):
             encoded[key] = torch.cat(model.encode_image(picture[None])).cpu()
     for number, key in enumerate(shared):
         (width, height), factor = ready.crops[key[0]].shape, model.latent_factor
@@ -967,20 +1040,6 @@ def _keys(ready: Preparation, record: int) -> list[tuple[int, bool]]:
         return []
     flips = ready.subsets[ready.records[record].subset].augmentation.flip
     return [(record, False), (record, True)] if flips else [(record, False)]
-
-
-def _counted(pictures: Iterable[torch.Tensor], count: int, *, is_shown: bool) -> Iterable[torch.Tensor]:
-    """Return the pictures, counted by a bar on a terminal and told of by a line elsewhere, as `Progress` does."""
-    if is_shown and not sys.stderr.isatty():
-        print(f"caching latents: {count} pictures to encode", flush=True)
-    return tqdm(
-        pictures,
-        desc="caching latents",
-        total=count,
-        unit="picture",
-        dynamic_ncols=True,
-        disable=not (is_shown and sys.stderr.isatty()),
-    )
 
 
 def _page(cfg: TrainConfig, ready: Preparation, processes: Processes) -> str:
