@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import shutil
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,33 @@ def test_the_bucket_rule_is_said_on_the_command_line(place: Place) -> None:
     assert "1 picture as 64x48" in place.plan("--dataset-config", file)
     assert "1 picture as 64x64" in place.plan("--dataset-config", file, "--bucket-rule", "sd-scripts")
     assert "64x64, batch 1, buckets from 32 to 128 in steps of 16" in place.plan("--dataset-config", file)
+
+
+def test_masks_are_of_one_subset(place: Place) -> None:
+    half = Image.new("L", (80, 64))
+    half.paste(255, (0, 0, 40, 64))
+    (place.path / "halves").mkdir()
+    for number in range(3):
+        half.save(place.path / "halves" / f"{number}.png")
+    expected = place.learned("--images", "photos", "--masks", "halves")
+    assert same(place.learned("--dataset-config", place.write(one(conditioning_data_dir="halves"))), expected)
+    assert not same(place.learned("--dataset-config", place.write(one())), expected)
+    message = place.refusal("--dataset-config", place.write(one(alpha_mask=True)))
+    assert "none of the 3 pictures has any" in message
+
+
+def test_shards_are_a_subset(place: Place) -> None:
+    with tarfile.open(place.path / "set.tar", "w") as archive:
+        for path in sorted((place.path / "photos").iterdir()):
+            archive.add(path, path.name)
+    expected = place.learned("--images", "set.tar")
+    assert same(place.learned("--dataset-config", place.write(one(image_dir="set.tar", source="webdataset"))), expected)
+    assert "set.tar: 3 pictures x 1" in place.plan("--dataset-config", place.write(one(image_dir="set.tar")))
+
+
+def test_an_empty_caption_may_be_asked_for(place: Place) -> None:
+    file = place.write(one(image_dir="reg", class_tokens=""))
+    assert '"" (2 pictures)' in place.plan("--dataset-config", file)
 
 
 def test_a_validation_split_is_of_one_data_set(place: Place) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -503,6 +504,23 @@ def test_another_kind_of_file_is_refused(write: Write) -> None:
         read(write("", ".yaml"))
     with pytest.raises(UserError, match="there is no such file"):
         read(Path("nowhere.toml"))
+
+
+def test_the_example_of_the_document_is_read_as_it_says(write: Write) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "dataset-config.md").read_text(encoding="utf-8")
+    for name in ("photos/sks dog", "photos/old ones", "dogs"):
+        Path(name).mkdir(parents=True)
+    Path("captions.jsonl").write_text("")
+    file = read(write(text.partition("```toml\n")[2].partition("```")[0]))
+    first, second = file.datasets
+    assert (first.resolution, first.batch_size, first.buckets) == ((512, 512), 4, Buckets((512, 512)))
+    assert (second.resolution, second.batch_size, second.buckets) == ((768, 768), 1, None)
+    assert [subset.repeats for subset in first.subsets] == [10, 1, 1]
+    assert [subset.captions.shuffle for subset in (*first.subsets, *second.subsets)] == [True, True, False, True]
+    assert first.subsets[2].is_prior and second.subsets[0].captions.dropout == 0.1 and not file.notes
+    (of_json,) = re.findall(r"in JSON: `(.*)`", text)
+    Path("photos.json").write_text(of_json)
+    assert read(Path("photos.json")).datasets[0].subsets[0].captions.keep_tokens == 1
 
 
 def test_depth_without_end_is_refused(write: Write) -> None:
