@@ -315,8 +315,8 @@ class DataSection(Section):
     )
     mask_loss: Literal["area", "all"] = Field(
         default="area",
-        description="What a masked sample's loss is the mean over: area, its mask, so that small masks teach as much; "
-        "all places, as in sd-scripts, so that they teach less.",
+        description="Take the mean loss of a masked sample over its mask's area, so that small masks teach as much as "
+        "large ones, or over all places, as sd-scripts does.",
     )
     mask_background: Share = Field(
         default=0.0, description="How much masked-out places count in the loss, against 1 for the others."
@@ -637,6 +637,10 @@ class CheckConfig(Section):
     json_file: str | None = Field(
         default=None, alias="json", description="Write the findings to this JSON file, or to the screen with `-`."
     )
+    masks: Place | None = Field(
+        default=None, description="Folder of masks that you will train with, to look at and to show in sheets."
+    )
+    alpha_mask: bool = Field(default=False, description="The same for transparency that you will take as masks.")
     sheet: Place | None = Field(
         default=None, description="Write a contact sheet: every picture with its caption and what was found."
     )

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lorasmith.data.mask_files import MaskLook
 from lorasmith.data.quality import (
     RULES,
     SEVERITIES,
@@ -15,6 +16,7 @@ from lorasmith.data.quality import (
     Finding,
     Group,
     Picture,
+    PictureMask,
     Wishes,
     duplicates,
     find_all,
@@ -211,16 +213,32 @@ _pictures = st.builds(
     sharpness=st.floats(0, 1e4),
     has_transparency=st.booleans(),
     num_frames=st.integers(1, 3),
+    mask=st.none()
+    | st.builds(PictureMask, st.none() | st.just(ROOT / "mask.png"), st.none(), st.just("cut off"))
+    | st.builds(
+        PictureMask,
+        st.none() | st.just(ROOT / "mask.png"),
+        st.builds(
+            MaskLook,
+            st.tuples(st.integers(1, 2000), st.integers(1, 2000)),
+            st.just(""),
+            st.integers(0, 255),
+            st.integers(0, 255),
+            st.booleans(),
+        ),
+    ),
 )
+_WORDS = st.none() | st.text(st.characters(exclude_characters="{}"), max_size=5)
 
 
 @given(
     st.lists(_pictures, max_size=8, unique_by=lambda one: one.path),
-    st.none() | st.text(max_size=5),
-    st.none() | st.text(max_size=5),
+    _WORDS,
+    _WORDS,
 )
 def test_no_rule_fails_or_speaks_of_nothing(pictures: list[Picture], trigger: str | None, caption: str | None) -> None:
-    findings = find_all(facts(*pictures), Wishes((512, 512), count_words, trigger, caption))
+    found = replace(facts(*pictures), has_masks=any(one.mask for one in pictures))
+    findings = find_all(found, Wishes((512, 512), count_words, trigger, caption))
     order = [SEVERITIES.index(finding.severity) for finding in findings]
     assert order == sorted(order)
     assert len({finding.kind for finding in findings}) == len(findings)

@@ -11,6 +11,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 from lorasmith.command_line import quoted
 from lorasmith.config import CheckConfig
-from lorasmith.data import inspection, repair
+from lorasmith.data import inspection, masks, repair
 from lorasmith.data.caption_files import CaptionFiles, accepted_extensions, read_caption_files
 from lorasmith.data.images import (
     UnreadablePicture,
@@ -29,11 +30,24 @@ from lorasmith.data.images import (
     pictures_in,
     require_folder,
 )
-from lorasmith.data.quality import SEVERITIES, Facts, Finding, Group, Picture, Wishes, duplicates, find_all, strays
+from lorasmith.data.mask_files import MaskLook, Matches
+from lorasmith.data.quality import (
+    SEVERITIES,
+    Facts,
+    Finding,
+    Group,
+    Picture,
+    PictureMask,
+    Wishes,
+    duplicates,
+    find_all,
+    strays,
+)
+from lorasmith.data.records import ImageRecord
 from lorasmith.data.sources.folder import Part, find_parts, nothing_found
 from lorasmith.errors import UserError
 from lorasmith.models import tokenizer
-from lorasmith.sheets import Entry, contact_sheet
+from lorasmith.sheets import Entry, contact_sheet, tinted
 
 EXIT_CODES = {"error": 2, "warning": 1, "hint": 0}
 _TITLES = {
@@ -57,6 +71,7 @@ def run(cfg: CheckConfig) -> int:
     require_folder(cfg.folder)
     _check_outputs(cfg, cfg.folder)
     facts, looks = examine(cfg.folder, accepted_extensions(cfg.caption_extension), cfg.caption)
+    facts = with_masks(facts, cfg.masks, is_alpha=cfg.alpha_mask)
     wishes = Wishes(cfg.resolution, count_tokens, cfg.trigger, cfg.caption, cfg.max_token_length)
     findings = find_all(facts, wishes)
     code = max((EXIT_CODES[finding.severity] for finding in findings), default=0)
@@ -127,6 +142,45 @@ def examine(folder: Path, accepted: Sequence[str], default_caption: str | None) 
         Facts(folder, groups, pictures, captions, accepted, foreign, unused, stray_captions, office_files, alike),
         looks,
     )
+
+
+def with_masks(facts: Facts, folder: Path | None, *, is_alpha: bool) -> Facts:
+    """Return the facts with what is known of the pictures' masks, in a folder or in their transparency, if asked for.
+
+    Raises:
+        UserError: both are asked for; there is no such folder, or it holds the pictures too.
+    """
+    if folder is None and not is_alpha:
+        return facts
+    if folder is not None and is_alpha:
+        raise UserError("--masks and --alpha-mask both say which places are learned; leave out one of them.")
+    matches = Matches({}, (), {})
+    paths: dict[Path, Path | None] = {picture.path: None for picture in facts.readable if picture.has_transparency}
+    if folder is not None:
+        matches = masks.match_files(folder, facts.folder, [picture.path for picture in facts.pictures])
+        paths = {path: mask for path, mask in matches.of.items() if path not in matches.doubtful}
+    with_mask = [picture for picture in facts.readable if picture.path in paths]
+    found = _in_threads(lambda picture: _mask(picture, paths[picture.path]), with_mask, "reading masks")
+    mask_of = {picture.path: mask for picture, mask in zip(with_mask, found, strict=True)}
+    return replace(
+        facts,
+        pictures=[replace(picture, mask=mask_of.get(picture.path)) for picture in facts.pictures],
+        has_masks=True,
+        unused_masks=matches.unused,
+        doubtful_masks=matches.doubtful,
+    )
+
+
+def _mask(picture: Picture, path: Path | None) -> PictureMask:
+    try:
+        return PictureMask(path, _open_mask(picture, path)[1])
+    except UnreadablePicture as error:
+        return PictureMask(path, None, error.reason)
+
+
+def _open_mask(picture: Picture, path: Path | None) -> tuple[Image.Image, MaskLook]:
+    record = ImageRecord(picture.path, "", picture.size)
+    return masks.look_at_alpha(record) if path is None else masks.look_at(path)
 
 
 def count_tokens(texts: Sequence[str]) -> list[int]:
@@ -215,7 +269,7 @@ def _summary(facts: Facts) -> str:
 
 
 def _shown(facts: Facts, path: Path) -> str:
-    return path.relative_to(facts.folder).as_posix()
+    return (path.relative_to(facts.folder) if path.is_relative_to(facts.folder) else path).as_posix()
 
 
 def as_json(facts: Facts, findings: Sequence[Finding], code: int) -> dict[str, Any]:
@@ -268,6 +322,8 @@ def _small(picture: Picture) -> Image.Image | None:
         return None
     image = open_image(picture.path)
     image.thumbnail((200, 200))
+    if picture.mask is not None and picture.mask.look is not None:
+        return tinted(image, _open_mask(picture, picture.mask.path)[0])
     return image
 
 

@@ -60,6 +60,22 @@ def files_in(folder: Path) -> list[Path]:
     return found
 
 
+def match_files(folder: Path, place: Path, pictures: Sequence[Path]) -> Matches:
+    """Return which file of a folder of masks belongs to which picture; see `mask_files.match`.
+
+    Raises:
+        UserError: there is no such folder, or pictures lie in it.
+    """
+    files = files_in(folder)
+    inside = [picture for picture in pictures if _lies_in(picture, folder)]
+    if inside:
+        raise UserError(
+            f"{len(inside)} of the pictures lie in the folder of masks, {folder} (the first is {inside[0]}); keep "
+            "masks in a folder of their own."
+        )
+    return match(pictures, place, files, folder)
+
+
 def attach(
     subset: Subset, records: Sequence[ImageRecord], crops: Sequence[CropPlan]
 ) -> tuple[list[ImageRecord], list[str]]:
@@ -190,14 +206,7 @@ def _see(record: ImageRecord, path: Path | None, crop: CropPlan | None) -> "_See
 
 
 def _matches(folder: Path, place: Path, records: Sequence[ImageRecord]) -> Matches:
-    files = files_in(folder)
-    inside = [record.path for record in records if _lies_in(record.path, folder)]
-    if inside:
-        raise UserError(
-            f"{len(inside)} of the pictures lie in the folder of masks, {folder} (the first is {inside[0]}); keep "
-            "masks in a folder of their own."
-        )
-    matches = match([record.path for record in records], place, files, folder)
+    matches = match_files(folder, place, [record.path for record in records])
     if matches.doubtful:
         lines = [f"{name}: {' or '.join(map(str, several))}" for name, several in matches.doubtful.items()]
         raise UserError(
@@ -205,7 +214,7 @@ def _matches(folder: Path, place: Path, records: Sequence[ImageRecord]) -> Match
             f"pictures' folders:{_listed(lines)}"
         )
     if not matches.of:
-        example = f"the first mask is {files[0]}" if files else "there are no pictures in it at all"
+        example = f"the first mask is {matches.unused[0]}" if matches.unused else "there are no pictures in it at all"
         raise UserError(
             f"no mask in {folder} belongs to any picture: a mask is named as its picture, with any extension, in a "
             f"folder named as the picture's. The first picture is {records[0].path}, {example}."

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from lorasmith.data.caption_files import CaptionFiles
+from lorasmith.data.mask_files import BLACK_BELOW, MaskLook, fits
 
 Severity = Literal["error", "warning", "hint"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "hint")
@@ -47,6 +48,15 @@ class Group:
 
 
 @dataclass(frozen=True)
+class PictureMask:
+    """A picture's mask: its file, None for its own transparency; what it is like, or why it cannot be read."""
+
+    path: Path | None
+    look: MaskLook | None
+    problem: str = ""
+
+
+@dataclass(frozen=True)
 class Picture:
     """One picture; `problem` says why it cannot be read, and then nothing is known of what it shows.
 
@@ -64,6 +74,7 @@ class Picture:
     num_frames: int = 1
     caption: str | None = None
     caption_file: Path | None = None
+    mask: PictureMask | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +83,8 @@ class Facts:
 
     foreign: pictures of kinds that are not read. unused: pictures where training does not look. stray_captions: picture
     -> a file that was probably meant as its caption. office_files: the same, but no plain text.
-    alike: picture -> an earlier one that looks the same but is another file.
+    alike: picture -> an earlier one that looks the same but is another file. has_masks: masks are asked for.
+    unused_masks: without a picture. doubtful_masks: see `mask_files.Matches`.
     """
 
     folder: Path
@@ -85,6 +97,9 @@ class Facts:
     stray_captions: Mapping[Path, Path] = field(default_factory=dict)
     office_files: Mapping[Path, Path] = field(default_factory=dict)
     alike: Mapping[Path, Path] = field(default_factory=dict)
+    has_masks: bool = False
+    unused_masks: Sequence[Path] = ()
+    doubtful_masks: Mapping[Path, Sequence[Path]] = field(default_factory=dict)
 
     @property
     def readable(self) -> list[Picture]:
@@ -93,6 +108,12 @@ class Facts:
     @property
     def captioned(self) -> list[Picture]:
         return [picture for picture in self.pictures if picture.caption]
+
+    @property
+    def masked(self) -> list[tuple[Picture, PictureMask, MaskLook]]:
+        """The pictures with a mask that can be read, with it."""
+        pairs = [(picture, picture.mask) for picture in self.pictures]
+        return [(picture, mask, mask.look) for picture, mask in pairs if mask is not None and mask.look is not None]
 
 
 @dataclass(frozen=True)
@@ -320,7 +341,7 @@ def transparent(facts: Facts, wishes: Wishes) -> Iterable[Finding]:
         "transparent",
         "{pictures} with transparent parts, which become white",
         "if white is not what should be learned, lay {them} on backgrounds of your own",
-        [Place(picture.path) for picture in facts.readable if picture.has_transparency],
+        [Place(picture.path) for picture in facts.readable if picture.has_transparency and not _is_own_mask(picture)],
     )
 
 
@@ -622,10 +643,138 @@ def many_repeats(facts: Facts, wishes: Wishes) -> Iterable[Finding]:
     )
 
 
+# ---- masks ---------------------------------------------------------------------------------------------------------
+
+
+def mask_unreadable(facts: Facts, wishes: Wishes) -> Iterable[Finding]:
+    """Masks that cannot be decoded."""
+    yield from _finding(
+        "error",
+        "mask-unreadable",
+        "{pictures} with a mask that cannot be read; training stops at {them}",
+        "save the mask anew, or remove it, so that all of the picture is learned",
+        [
+            Place(picture.path, f"{picture.mask.path}: {picture.mask.problem}")
+            for picture in facts.pictures
+            if picture.mask is not None and picture.mask.problem
+        ],
+    )
+
+
+def mask_doubtful(facts: Facts, wishes: Wishes) -> Iterable[Finding]:
+    """Two masks of one name, or one mask for pictures in several folders."""
+    yield from _finding(
+        "error",
+        "mask-doubtful",
+        "{files} of which it is not clear what belongs to what; training stops at {them}",
+        "keep one mask of each name, in folders named as the pictures' folders",
+        [Place(path, " or ".join(map(str, several))) for path, several in facts.doubtful_masks.items()],
+        "picture or mask",
+    )
+
+
+def mask_missing(facts: Facts, wishes: Wishes) -> Iterable[Finding]:
+    """No mask of the picture's name, or no transparency."""
+    without = [Place(picture.path) for picture in facts.readable if facts.has_masks and picture.mask is None]
+    if len(without) < len(facts.readable) or facts.doubtful_masks:
+        yield from _finding(
+            "warning",
+            "mask-missing",
+            "{pictures} without a mask; all of {them} is learned",
+            "if only part of it should be learned: make a mask named as the picture, or with --alpha-mask transparency",
+            [place for place in without if place.path not in facts.doubtful_masks],
+        )
+    else:
+        yield from _finding(
+            "error",
+            "mask-none",
+            "{pictures}, and none has a mask; training stops",
+            "name masks as their pictures, with any extension, in folders named as the pictures' folders (with "
+            "--alpha-mask: save pictures with transparency); or train without masks",
+            without,
+        )
+
+
+def mask_unused(facts: Facts, wishes: Wishes) -> Iterable[Finding]:
+    """Masks without a picture of their name."""
+    yield from _finding(
+        "warning",
+        "mask-unused",
+        "{files} without a picture, not used",
+        "name {them} as the picture that {they} should mask, or remove {them}",
+        [Place(path) for path in facts.unused_masks],
+        "mask",
+    )
+
+
+def mask_shape(facts: Facts, wishes: Wishes) -> Iterable[Finding]:
+    """Another aspect ratio is an error, another size is not."""
+    other = [(picture, mask, look) for picture, mask, look in facts.masked if look.size != picture.size]
+    places: dict[bool, list[Place]] = {True: [], False: []}
+    for picture, mask, look in other:
+        detail = f"{_times(picture.size)}, but {mask.path} is {_times(look.size)}"
+        places[fits(look.size, picture.size)].append(Place(picture.path, detail))
+    yield from _finding(
+        "error",
+        "mask-shape",
+        "{pictures} with a mask of another aspect ratio; training stops at {them}",
+        "make the mask anew from the picture as it is now, upright",
+        places[False],
+    )
+    yield from _finding(
+        "hint",
+        "mask-size",
+        "{pictures} with a mask of another size, which is resized",
+        "nothing, if it was meant so; a mask of the picture's size is sharper",
+        places[True],
+    )
+
+
+def mask_values(facts: Facts, wishes: Wishes) -> Iterable[Finding]:
+    """Masks that leave nothing to learn, or everything, or whose values are not grey."""
+    black = [
+        Place(picture.path, _of_mask(mask, f"brightest value {look.brightest} of 255"))
+        for picture, mask, look in facts.masked
+        if look.brightest < BLACK_BELOW
+    ]
+    white = [Place(picture.path, _of_mask(mask)) for picture, mask, look in facts.masked if look.darkest == 255]
+    coloured = [Place(picture.path, _of_mask(mask)) for picture, mask, look in facts.masked if look.is_coloured]
+    yield from _finding(
+        "error",
+        "mask-black",
+        "{pictures} with a mask that is black (or transparent) everywhere; training stops at {them}",
+        "make white what should be learned (a mask saved as 0 and 1 must be 0 and 255), or leave the picture out",
+        black,
+    )
+    yield from _finding(
+        "hint",
+        "mask-white",
+        "{pictures} with a mask that is white everywhere, which does nothing",
+        "nothing, if all of the picture should be learned",
+        white,
+    )
+    yield from _finding(
+        "hint",
+        "mask-coloured",
+        "{pictures} with a coloured mask, of which only the red channel counts",
+        "save the mask in grey, white where the picture should be learned",
+        coloured,
+    )
+
+
+def _is_own_mask(picture: Picture) -> bool:
+    return picture.mask is not None and picture.mask.path is None
+
+
+def _of_mask(mask: PictureMask, detail: str = "") -> str:
+    return ": ".join(part for part in (str(mask.path or ""), detail) if part)
+
+
 RULES: tuple[Callable[[Facts, Wishes], Iterable[Finding]], ...] = (
     no_pictures, unreadable, caption_missing, caption_empty, caption_encoding,
     unused_pictures, foreign_kind, same_file, same_look, too_small, extreme_aspect, blurred,
     caption_not_read, caption_unused, caption_long, trigger_missing, class_contradicted, imbalance, many_repeats,
+    mask_unreadable, mask_doubtful, mask_shape, mask_missing, mask_unused, mask_values,
     transparent, animated, caption_capitals, caption_several_lines, caption_shared, tag_once,
 )  # fmt: skip
 
