@@ -92,7 +92,8 @@ def run_two(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "lorasmith.commands.train", "accelerate"])
     port = free_port()
-    processes = [context.Process(target=_one, args=(list(arguments), i, port, logs, events, folders[i].resolve())) for i in BOTH]
+    places = [folder.resolve() for folder in folders]
+    processes = [context.Process(target=_one, args=(list(arguments), i, port, logs, events, places[i])) for i in BOTH]
     for process in processes:
         process.start()
     for process in processes:

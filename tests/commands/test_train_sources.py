@@ -158,6 +158,20 @@ def test_regularization_pictures_stay_in_a_folder(base: Path, tmp_path: Path) ->
     assert "regularization: 3 pictures make 3 samples an epoch" in printed
 
 
+@pytest.mark.parametrize("make", [as_parquet, as_shards])
+def test_regularization_pictures_are_drawn_for_pictures_that_lie_in_no_folder(
+    base: Path, tmp_path: Path, make: Any
+) -> None:
+    (tmp_path / "pictures").mkdir()
+    options = ["--dry-run", "--regularization", tmp_path / "prior", "--prior-pictures", 2]
+    arguments = words(base, make(tmp_path / "pictures"), tmp_path / "out", *options)
+    code, _, errors = run(arguments)
+    assert code == 2 and "which class is to be drawn? no folder's name says it; give it with --prior-prompt" in errors
+    code, printed, errors = run([*arguments, "--prior-prompt", "a thing"])
+    assert code == 0, errors
+    assert 'the base model first draws 2 pictures of "a thing"' in printed
+
+
 def test_the_plan_tells_of_shards_and_captions(base: Path, tmp_path: Path) -> None:
     place = as_shards(tmp_path)
     pack(tmp_path / "set-3.tar", {"d.png": png(7), "d.json": b'{"caption": "d", "tags": ["e"]}', "x.txt": b"alone"})

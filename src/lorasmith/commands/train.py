@@ -33,7 +33,7 @@ from lorasmith.data.captions import CaptionOptions
 from lorasmith.data.dataset import Dataset, Posteriors, plain_pixels, read_ahead
 from lorasmith.data.gathering import Gathered, gather
 from lorasmith.data.images import require_folder, set_pixel_limit
-from lorasmith.data.places import is_shards
+from lorasmith.data.places import is_shards, source_of
 from lorasmith.data.plan import Plan, build_plan, validation_plan
 from lorasmith.data.records import ImageRecord
 from lorasmith.data.subsets import Augmentation, DatasetRules, Subset
@@ -236,10 +236,13 @@ def _missing_prior_pictures(cfg: TrainConfig) -> prior_pictures.Missing | None:
         return None
     assert data.regularization is not None
     assert data.images is not None
-    require_folder(data.images)
+    has_folders = source_of(str(data.images)) == "folder" and data.source in ("auto", "folder", "metadata_json")
+    if has_folders:
+        require_folder(data.images)
     if data.regularization.exists():
         require_folder(data.regularization)
-    classes = [data.prior_prompt] if data.prior_prompt else prior_pictures.class_words(data.images)
+    named = prior_pictures.class_words(data.images) if has_folders else []
+    classes = [data.prior_prompt] if data.prior_prompt else named
     if len(classes) != 1:
         found = f"the folders in {data.images} name {', '.join(classes)}" if classes else "no folder's name says it"
         raise UserError(

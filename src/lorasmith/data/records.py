@@ -31,7 +31,7 @@ class Mask:
 class ImageRecord:
     """One picture with its caption.
 
-    path: the file; with `data`, where in its archive it lies. size: (width, height) in pixels, after the EXIF orientation.
+    path: the file; with `data`, its place in an archive. size: (width, height) in pixels, after the EXIF orientation.
     repeats: how often it counts in an epoch. is_prior: a regularization picture. group: the name of the folder it came
     from. content_hash: SHA-256 of the file. dataset, subset: indexes of the rules that it follows, subsets counted over
     all data sets. shard: number of the archive that it lies in, which one process alone reads; None: all read it.
