@@ -680,7 +680,7 @@ def mask_missing(facts: Facts, wishes: Wishes) -> Iterable[Finding]:
         yield from _finding(
             "warning",
             "mask-missing",
-            "{pictures} without a mask; all of {them} is learned",
+            "{pictures} without a mask, learned as a whole",
             "if only part of it should be learned: make a mask named as the picture, or with --alpha-mask transparency",
             [place for place in without if place.path not in facts.doubtful_masks],
         )
