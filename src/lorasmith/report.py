@@ -20,8 +20,13 @@ code { background: #eeeee8; padding: .1rem .3rem; border-radius: 4px; overflow-w
 .settings { columns: 2; column-gap: 2rem }
 .settings table { width: 100%; break-inside: avoid; margin-bottom: 1rem }
 """
-_VALIDATION = """ The held-out pictures are measured with the same noise every time: where their loss begins to rise while
-the other still falls, the pictures are being learned by heart, and an earlier file may be the better one."""
+_ON_LOSSES = (
+    "Diffusion losses are noisy: each step sees other noise levels. Look at the trend, and judge by the samples."
+)
+_ON_VALIDATION = (
+    " The held-out pictures are measured with the same noise every time: where their loss begins to rise while the "
+    "other still falls, the pictures are being learned by heart, and an earlier file may be the better one."
+)
 
 
 @dataclass(frozen=True)
@@ -93,9 +98,7 @@ def _block_order(block: str) -> tuple[int, list[int]]:
     return ["text", "down", "mid", "up"].index(kind), [int(number) for number in place.split(".") if number]
 
 
-def _draw_losses(
-    path: Path, losses: Sequence[tuple[int, float]], validation: Sequence[tuple[int, float]] = ()
-) -> None:
+def _draw_losses(path: Path, losses: Sequence[tuple[int, float]], validation: Sequence[tuple[int, float]] = ()) -> None:
     figure, axes = _figure(9, 3.2)
     steps, values = [step for step, _ in losses], [loss for _, loss in losses]
     axes.plot(steps, values, color="#c9c9c0", linewidth=0.7, label="each step")
@@ -142,7 +145,7 @@ def _page(contents: ReportContents) -> str:
 <h2>Which file to use where</h2>{_table(contents.files)}
 {samples}
 <h2>Loss</h2>
-<p>Diffusion losses are noisy: each step sees other noise levels. Look at the trend, and judge by the samples.{_VALIDATION if contents.validation else ""}</p>
+<p>{_ON_LOSSES}{_ON_VALIDATION if contents.validation else ""}</p>
 <img src="loss.png" alt="loss over steps">
 <h2>What was learned where</h2>
 <p>Norm of the weight update per block (text encoder, then U-Net). All zero means nothing was learned.</p>

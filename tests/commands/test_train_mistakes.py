@@ -720,10 +720,10 @@ def test_a_disk_that_is_full_when_the_loss_is_logged(
 
     append = LossLog.append
 
-    def full(self: LossLog, step: int, loss: float, lr: float) -> None:
+    def full(self: LossLog, step: int, loss: float, **facts: float) -> None:
         if step == 2:
             raise OSError(28, "No space left on device")
-        append(self, step, loss, lr)
+        append(self, step, loss, **facts)
 
     monkeypatch.setattr(LossLog, "append", full)
     message = stopped("--steps", "3")
