@@ -610,6 +610,9 @@ class DemoConfig(Section):
     )
 
 
+_BUCKET_OPTIONS = ("bucket_min", "bucket_max", "bucket_step", "bucket_rule", "bucket_no_upscale")
+
+
 class CheckConfig(Section):
     """Find what is wrong with a folder of pictures, before any training."""
 
@@ -644,9 +647,34 @@ class CheckConfig(Section):
     sheet: Place | None = Field(
         default=None, description="Write a contact sheet: every picture with its caption and what was found."
     )
+    preview: Place | None = Field(
+        default=None, description="Write a sheet of every crop: the whole picture, what is cut away in red."
+    )
+    recursive: bool = Field(default=False, description="Look at the pictures of folders in folders too.")
+    buckets: bool = Field(default=False, description="Preview the crops of buckets of like aspect ratio.")
+    bucket_min: PositiveInt = Field(default=256, description="Smallest side of a bucket in pixels.")
+    bucket_max: PositiveInt = Field(default=1024, description="Largest side of a bucket in pixels.")
+    bucket_step: PositiveInt = Field(default=64, description="Bucket sides are multiples of this many pixels.")
+    bucket_rule: Literal["less-crop", "sd-scripts"] = Field(
+        default="less-crop", description="How a picture finds its bucket, as you will train."
+    )
+    bucket_no_upscale: bool = Field(default=False, description="Never enlarge a picture.")
+    face_crop_aug_range: Range | None = Field(
+        default=None, description="Crop around the faces that pictures' names tell of, as you will train."
+    )
     fix: Place | None = Field(
         default=None, description="Write a repaired copy of the pictures into this new folder; nothing else changes."
     )
+
+    @model_validator(mode="after")
+    def _refuse_contradictions(self) -> "CheckConfig":
+        options = ["buckets", *_BUCKET_OPTIONS, "face_crop_aug_range"]
+        given = [name for name in options if _is_changed(self, name)]
+        if given and not self.preview:
+            raise ValueError(f"{' and '.join(given)} change what --preview shows; add it, or leave the other out")
+        if buckets := [name for name in given if name in _BUCKET_OPTIONS and not self.buckets]:
+            raise ValueError(f"{' and '.join(buckets)} change the buckets, but they are off; add --buckets")
+        return self
 
 
 class CaptionsConfig(Section):

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
+from lorasmith.data.buckets import CropPlan
+
 _GAP, _LABEL_WIDTH, _FONT_SIZE, _SMALLEST_CELL, _LARGEST_CELL = 8, 92, 13, 160, 384
 _INK, _PAPER, _FAINT, _ALERT = (40, 40, 46), (250, 250, 248), (120, 120, 128), (176, 32, 32)
 _MASKED_OUT = (214, 24, 24)
@@ -54,6 +56,19 @@ def _fit(picture: Image.Image, cell: tuple[int, int]) -> Image.Image:
         size = max(1, round(picture.width * factor)), max(1, round(picture.height * factor))
         resample = Image.Resampling.LANCZOS
     return picture.convert("RGB").resize(size, resample)
+
+
+def crop_view(picture: Image.Image, crop: CropPlan, most: int = _CONTACT) -> Image.Image:
+    """Return the whole picture, no side above `most`, with what is cropped away in grey and red."""
+    view = picture.convert("RGB")
+    view.thumbnail((most, most), Image.Resampling.LANCZOS)
+    across, down = view.width / crop.resize[0], view.height / crop.resize[1]
+    left, top, right, bottom = crop.crop
+    kept = (round(left * across), round(top * down), round(right * across), round(bottom * down))
+    away = Image.blend(view.convert("L").convert("RGB"), Image.new("RGB", view.size, _ALERT), 0.4)
+    away.paste(view.crop(kept), kept[:2])
+    ImageDraw.Draw(away).rectangle((kept[0], kept[1], kept[2] - 1, kept[3] - 1), outline=_PAPER)
+    return away
 
 
 @dataclass(frozen=True)

@@ -400,6 +400,10 @@ def test_a_relative_path_and_the_flag_itself(
         (["photos", "--sheet", "no/sheet.png"], "--sheet no/sheet.png: there is no folder no"),
         (["photos", "--json", "photos/a.png"], "--json photos/a.png lies in photos itself"),
         (["photos", "--json", "nothing"], "--json nothing: this is a folder"),
+        (["photos", "--preview", "c.pdf"], "--preview c.pdf: expected a name that ends with .png"),
+        (["photos", "--preview", "photos/c.png"], "--preview photos/c.png lies in photos itself"),
+        (["photos", "--buckets"], "buckets change what --preview shows; add it"),
+        (["photos", "--preview", "c.png", "--bucket-step", "32"], "bucket_step change the buckets, but they are off"),
     ],
 )
 def test_a_mistake_in_the_command_is_one_line(
@@ -502,3 +506,50 @@ def test_turned_and_converted_pictures_show_the_same_in_the_copy(tmp_path: Path,
         assert np.array_equal(np.asarray(turned), np.asarray(original.transpose(Image.Transpose.ROTATE_270)))
     with Image.open(fixed / "print.png") as printed:
         assert printed.mode == "RGB"
+
+
+# ---- the preview of crops ------------------------------------------------------------------------------------------
+
+
+def test_the_preview_shows_every_crop_the_worst_first(check: Check, tmp_path: Path) -> None:
+    for i, size in enumerate([(96, 96), (192, 96), (96, 120), (48, 48)]):
+        put(tmp_path / "photos" / DOG / f"{i}.png", encoded(drawing(i, size), "PNG"))
+    told = check(tmp_path / "photos", "--resolution", "96", "--preview", str(tmp_path / "crops.png"))
+    lines = told.text.splitlines()
+    assert f"crops           {tmp_path / 'crops.png'}" in lines
+    assert "cropping cuts away 18% of the area on average, at most 50% (1.png); --buckets would cut less" in told.text
+    with Image.open(tmp_path / "crops.png") as page:
+        assert page.width > 4 * 200  # four side by side
+        first = page.crop((8, 8, 208, 208))
+    # the first is the widest picture: its middle as it is, its sides greyed and reddened
+    whole = drawing(1, (192, 96)).resize((192, 96))
+    assert first.getpixel((96, 40)) == whole.getpixel((96, 40))
+    assert first.getpixel((10, 40)) != whole.getpixel((10, 40))
+
+
+def test_the_preview_follows_the_buckets_and_faces_of_training(check: Check, tmp_path: Path) -> None:
+    put(tmp_path / "photos" / DOG / "wide.png", encoded(drawing(1, (440, 320)), "PNG"))
+    put(tmp_path / "photos" / DOG / "face_100_100_50_50.png", encoded(drawing(2, (400, 400)), "PNG"))
+    preview = ["--preview", str(tmp_path / "crops.png"), "--resolution", "256"]
+    plain = check(tmp_path / "photos", *preview)
+    assert "2 pictures as 256x256" in plain.text
+    in_buckets = check(tmp_path / "photos", *preview, "--buckets", "--bucket-min", "128")
+    assert "1 picture as 256x192" in in_buckets.text
+    rule = check(tmp_path / "photos", *preview, "--buckets", "--bucket-min", "128", "--bucket-rule", "sd-scripts")
+    assert "1 picture as 320x192" in rule.text
+    faces = check(tmp_path / "photos", *preview, "--face-crop-aug-range", "2,2")
+    assert "cropped around a face: 1 of 2" in faces.text
+    fine = check(tmp_path / "photos", *preview, "--buckets", "--bucket-min", "128", "--bucket-step", "8",
+                 "--bucket-max", "512")  # fmt: skip
+    assert "1 picture as 296x216" in fine.text
+    small = check(tmp_path / "photos", "--preview", str(tmp_path / "crops.png"), "--resolution", "1024", "--buckets",
+                  "--bucket-no-upscale")  # fmt: skip
+    assert "enlarged" not in small.text.partition("crops  ")[2]
+
+
+def test_folders_in_folders_are_looked_at_when_asked(check: Check, tmp_path: Path) -> None:
+    write_good(tmp_path / "photos", range(2), "sks dog")
+    put(tmp_path / "photos" / "deep" / "er" / "a.png", encoded(drawing(7), "PNG"), "sks dog")
+    assert "would be left out" in check(tmp_path / "photos").text
+    told = check(tmp_path / "photos", "--recursive")
+    assert "would be left out" not in told.text and "photos: 3 pictures" in told.text

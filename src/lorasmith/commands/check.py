@@ -21,7 +21,9 @@ from tqdm import tqdm
 from lorasmith.command_line import quoted
 from lorasmith.config import CheckConfig
 from lorasmith.data import inspection, masks, repair
+from lorasmith.data.buckets import Buckets, CropPlan
 from lorasmith.data.caption_files import CaptionFiles, accepted_extensions, read_caption_files
+from lorasmith.data.gathering import plan_crops
 from lorasmith.data.images import (
     UnreadablePicture,
     extensions,
@@ -45,9 +47,11 @@ from lorasmith.data.quality import (
 )
 from lorasmith.data.records import ImageRecord
 from lorasmith.data.sources.folder import Part, find_parts, nothing_found
+from lorasmith.data.subsets import Augmentation, DatasetRules, Subset
 from lorasmith.errors import UserError
 from lorasmith.models import tokenizer
-from lorasmith.sheets import Entry, contact_sheet, tinted
+from lorasmith.plan_page import shape_lines
+from lorasmith.sheets import Entry, contact_sheet, crop_view, tinted
 
 EXIT_CODES = {"error": 2, "warning": 1, "hint": 0}
 _TITLES = {
@@ -70,7 +74,7 @@ def run(cfg: CheckConfig) -> int:
         raise UserError("missing: DIR, the folder of pictures. For example: lorasmith check photos")
     require_folder(cfg.folder)
     _check_outputs(cfg, cfg.folder)
-    facts, looks = examine(cfg.folder, accepted_extensions(cfg.caption_extension), cfg.caption)
+    facts, looks = examine(cfg.folder, accepted_extensions(cfg.caption_extension), cfg.caption, recursive=cfg.recursive)
     facts = with_masks(facts, cfg.masks, is_alpha=cfg.alpha_mask)
     wishes = Wishes(cfg.resolution, count_tokens, cfg.trigger, cfg.caption, cfg.max_token_length)
     findings = find_all(facts, wishes)
@@ -84,6 +88,8 @@ def run(cfg: CheckConfig) -> int:
             Path(cfg.json_file).expanduser().write_text(text + "\n", encoding="utf-8")
     if cfg.sheet is not None:
         told += [f"contact sheet   {path}" for path in write_sheets(cfg.sheet, facts, findings)]
+    if cfg.preview is not None:
+        told += write_preview(cfg, cfg.preview, facts)
     if cfg.fix is not None:
         told.append(write_copy(cfg.fix, facts, looks))
     if cfg.json_file != "-":
@@ -94,7 +100,8 @@ def run(cfg: CheckConfig) -> int:
 def _check_outputs(cfg: CheckConfig, folder: Path) -> None:
     """Refuse outputs that cannot be written, or that would lie among the pictures; before anything is read."""
     json_path = None if cfg.json_file in (None, "-") else Path(cfg.json_file).expanduser()
-    for flag, path in {"--json": json_path, "--sheet": cfg.sheet, "--fix": cfg.fix}.items():
+    outputs = {"--json": json_path, "--sheet": cfg.sheet, "--preview": cfg.preview, "--fix": cfg.fix}
+    for flag, path in outputs.items():
         if path is None:
             continue
         if path.resolve().is_relative_to(folder.resolve()):
@@ -102,8 +109,9 @@ def _check_outputs(cfg: CheckConfig, folder: Path) -> None:
         if flag != "--fix" and (path.is_dir() or not path.absolute().parent.is_dir()):
             reason = "this is a folder" if path.is_dir() else f"there is no folder {path.parent}"
             raise UserError(f"{flag} {path}: {reason}; give the path of a file that may be written.")
-    if cfg.sheet is not None and cfg.sheet.suffix.lower() not in _SHEET_KINDS:
-        raise UserError(f"--sheet {cfg.sheet}: expected a name that ends with {', '.join(_SHEET_KINDS)}.")
+    for flag, path in {"--sheet": cfg.sheet, "--preview": cfg.preview}.items():
+        if path is not None and path.suffix.lower() not in _SHEET_KINDS:
+            raise UserError(f"{flag} {path}: expected a name that ends with {', '.join(_SHEET_KINDS)}.")
     if cfg.fix is not None:
         repair.require_new(cfg.fix)
 
@@ -111,13 +119,15 @@ def _check_outputs(cfg: CheckConfig, folder: Path) -> None:
 # ---- facts ---------------------------------------------------------------------------------------------------------
 
 
-def examine(folder: Path, accepted: Sequence[str], default_caption: str | None) -> tuple[Facts, Looks]:
+def examine(
+    folder: Path, accepted: Sequence[str], default_caption: str | None, *, recursive: bool = False
+) -> tuple[Facts, Looks]:
     """Read everything in a folder and return what is known of it.
 
     Raises:
         UserError: there is nothing that could be meant as a picture.
     """
-    parts, _ = find_parts(folder, default_caption, 1)
+    parts, _ = find_parts(folder, default_caption, 1, recursive=recursive)
     used = {picture for part in parts for picture in part.pictures}
     places = list(_folders(folder))
     unused = [path for place in places for path in pictures_in(place) if path not in used]
@@ -303,14 +313,19 @@ def write_sheets(path: Path, facts: Facts, findings: Iterable[Finding]) -> list[
     for finding in findings:
         for place in finding.places:
             notes[place.path].append(f"{finding.kind}: {place.detail}" if place.detail else finding.kind)
+
+    def entry(picture: Picture) -> Entry:
+        caption = picture.caption or picture.group.words or ""
+        return Entry(_small(picture), _shown(facts, picture.path), caption, _notes_on(picture, facts, notes))
+
+    return _write_pages(path, entry, facts.pictures)
+
+
+def _write_pages(path: Path, entry: Callable[[_Given], Entry], shown: Sequence[_Given]) -> list[Path]:
+    """Write a contact sheet of the entries made of what is shown, 240 to a file; return the files."""
     written = []
-    for number, begin in enumerate(range(0, len(facts.pictures), _PER_SHEET), start=1):
-        shown = facts.pictures[begin : begin + _PER_SHEET]
-        small = _in_threads(_small, shown, "drawing")
-        entries = [
-            Entry(picture, _shown(facts, one.path), one.caption or one.group.words or "", _notes_on(one, facts, notes))
-            for one, picture in zip(shown, small, strict=True)
-        ]
+    for number, begin in enumerate(range(0, len(shown), _PER_SHEET), start=1):
+        entries = _in_threads(entry, shown[begin : begin + _PER_SHEET], "drawing")
         file = path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
         contact_sheet(entries).save(file)
         written.append(file)
@@ -325,6 +340,42 @@ def _small(picture: Picture) -> Image.Image | None:
     if picture.mask is not None and picture.mask.look is not None:
         return tinted(image, _open_mask(picture, picture.mask.path)[0])
     return image
+
+
+def write_preview(cfg: CheckConfig, path: Path, facts: Facts) -> list[str]:
+    """Write the sheet of every crop, the most cut picture first; return what to tell of it."""
+    pictures = facts.readable
+    if not pictures:
+        return ["crops           none: there is no readable picture"]
+    subset = Subset(augmentation=Augmentation(face_portions=cfg.face_crop_aug_range))
+    buckets = Buckets(
+        cfg.resolution, cfg.bucket_min, cfg.bucket_max, cfg.bucket_step, cfg.bucket_rule == "sd-scripts",
+        cfg.bucket_no_upscale,
+    )  # fmt: skip
+    rules = DatasetRules((subset,), cfg.resolution, buckets if cfg.buckets else None)
+    records = [ImageRecord(picture.path, "", picture.size) for picture in pictures]
+    crops, notes = plan_crops(rules, [subset], records)
+    by_loss = sorted(zip(records, crops, strict=True), key=lambda pair: -pair[1].lost_area)
+
+    def entry(pair: tuple[ImageRecord, CropPlan]) -> Entry:
+        record, crop = pair
+        (width, height), (to_width, to_height) = record.size, crop.shape
+        text = f"{width}x{height} to {to_width}x{to_height}"
+        return Entry(
+            crop_view(open_image(record.path), crop), _shown(facts, record.path), text, _crop_notes(record, crop)
+        )
+
+    files = _write_pages(path, entry, by_loss)
+    return [
+        *(f"crops           {file}" for file in files),
+        *(f"  {note}" for note in [*shape_lines(records, crops), *notes]),
+    ]
+
+
+def _crop_notes(record: ImageRecord, crop: CropPlan) -> list[str]:
+    factor = crop.resize[0] / record.size[0]
+    cut = [f"{crop.lost_area:.0%} cut away"] if crop.lost_area >= 0.02 else []
+    return [*cut, *([f"enlarged {factor:.1f} times"] if factor >= 1.05 else [])]
 
 
 def _notes_on(picture: Picture, facts: Facts, notes: dict[Path, list[str]]) -> list[str]:

@@ -51,7 +51,7 @@ def gather(datasets: Sequence[DatasetRules], processes: Processes) -> Gathered:
             records += [replace(record, dataset=number, subset=index) for record in scan.records]
             everything.subsets.append(subset)
             everything.notes.extend(scan.notes)
-        crops, notes = _around_faces(everything.subsets, records, _crops(dataset, records))
+        crops, notes = plan_crops(dataset, everything.subsets, records)
         everything.notes.extend(notes)
         records, notes = _with_masks(everything.subsets, records, crops)
         everything.records.extend(records)
@@ -113,10 +113,19 @@ def _joined(subset: Subset, own: Scan, processes: Processes) -> Scan:
     )
 
 
-def _crops(dataset: DatasetRules, records: Sequence[ImageRecord]) -> list[CropPlan]:
+def plan_crops(
+    dataset: DatasetRules, subsets: Sequence[Subset], records: Sequence[ImageRecord]
+) -> tuple[list[CropPlan], list[str]]:
+    """Return how each picture of a data set is brought to its shape, and notes on crops around faces.
+
+    Raises:
+        UserError: as `gather`, of shapes and faces.
+    """
     if dataset.buckets is None:
-        return [cover_and_crop(record.size, dataset.resolution) for record in records]
-    return bucket_crops(records, dataset.buckets)
+        crops = [cover_and_crop(record.size, dataset.resolution) for record in records]
+    else:
+        crops = bucket_crops(records, dataset.buckets)
+    return _around_faces(subsets, records, crops)
 
 
 def _with_masks(
