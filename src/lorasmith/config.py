@@ -629,6 +629,9 @@ class CheckConfig(Section):
         default=None,
         description="Word that every caption should hold; left out, the identifier in each DreamBooth folder's name.",
     )
+    captions: Place | None = Field(
+        default=None, description="Metadata file, JSON or JSONL, with captions and tags instead of files for each."
+    )
     caption: str | None = Field(default=None, description="Caption that you will give for pictures without one.")
     caption_extension: str | None = Field(
         default=None, description="Extension of caption files; left out, `.caption` and then `.txt` are looked for."
@@ -674,6 +677,12 @@ class CheckConfig(Section):
             raise ValueError(f"{' and '.join(given)} change what --preview shows; add it, or leave the other out")
         if buckets := [name for name in given if name in _BUCKET_OPTIONS and not self.buckets]:
             raise ValueError(f"{' and '.join(buckets)} change the buckets, but they are off; add --buckets")
+        if self.captions and (self.caption_extension or self.recursive or self.fix):
+            names = [name for name in ("caption_extension", "recursive", "fix") if getattr(self, name)]
+            raise ValueError(
+                f"{' and '.join(names)} can do nothing for captions in a metadata file, which names the pictures too; "
+                "leave out one or the other"
+            )
         return self
 
 

@@ -553,3 +553,48 @@ def test_folders_in_folders_are_looked_at_when_asked(check: Check, tmp_path: Pat
     assert "would be left out" in check(tmp_path / "photos").text
     told = check(tmp_path / "photos", "--recursive")
     assert "would be left out" not in told.text and "photos: 3 pictures" in told.text
+
+
+# ---- captions in one file ------------------------------------------------------------------------------------------
+
+
+def test_captions_of_a_metadata_file_are_checked(check: Check, tmp_path: Path) -> None:
+    for i in range(4):
+        put(tmp_path / "photos" / f"{i}.png", encoded(drawing(i), "PNG"))
+    put(tmp_path / "photos" / "2.txt", "this file is not read")
+    entries = {"0": {"caption": "sks dog"}, "1.png": {"tags": "sks, " + "word " * 90}, "2": {}, "gone": {"tags": "a"}}
+    (tmp_path / "meta.json").write_text(json.dumps(entries))
+    told = check(tmp_path / "photos", "--captions", str(tmp_path / "meta.json"), "--trigger", "sks")
+    assert [place["path"] for place in told.of("caption-long")["places"]] == ["1.png"]
+    assert [place["path"] for place in told.of("caption-missing")["places"]] == ["2.png"]
+    assert "write it in meta.json" in told.of("caption-missing")["fix"]
+    assert [place["path"] for place in told.of("unused-picture")["places"]] == ["3.png"]
+    assert "no entry in meta.json" in told.of("unused-picture")["message"]
+    assert not told.kinds() & {"caption-not-read", "caption-unused", "trigger-missing"}
+    filled = check(tmp_path / "photos", "--captions", str(tmp_path / "meta.json"), "--caption", "sks thing")
+    assert "caption-missing" not in filled.kinds()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--captions", "none.json"], "cannot be opened"),
+        (["--captions", "bad.json"], "bad.json is not valid JSON"),
+        (["--captions", "other.json"], "has a picture in photos"),
+        (["--captions", "meta.json", "--recursive"], "recursive can do nothing for captions in a metadata file"),
+        (["--captions", "meta.json", "--fix", "new"], "fix can do nothing for captions in a metadata file"),
+    ],
+)
+def test_mistakes_about_captions_in_one_file(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    message: str,
+) -> None:
+    put(tmp_path / "photos" / "a.png", encoded(drawing(0), "PNG"))
+    for name, text in {"bad": "{", "other": '{"z": {"tags": "a"}}', "meta": '{"a": {"tags": "a"}}'}.items():
+        (tmp_path / f"{name}.json").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["check", "photos", *words]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())

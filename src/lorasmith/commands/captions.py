@@ -39,7 +39,7 @@ from lorasmith.data.caption_files import (
     read_caption_files,
     refuse,
 )
-from lorasmith.data.images import advice_for_foreign, foreign_pictures_in, pictures_in, require_folder
+from lorasmith.data.images import advice_for_foreign, folders_within, foreign_pictures_in, pictures_in, require_folder
 from lorasmith.data.metadata_files import Entry
 from lorasmith.data.sources.metadata_json import find_pictures
 from lorasmith.errors import UserError
@@ -200,7 +200,7 @@ def gather(
         UserError: there are no pictures, or text files are not UTF-8, or the older file is no sound metadata file.
     """
     entries = {} if older is None else metadata_files.read(older)
-    places = _folders(folder) if is_recursive else [folder]
+    places = folders_within(folder) if is_recursive else [folder]
     by_place = {place: found for place in places if (found := pictures_in(place))}
     pictures = [picture for found in by_place.values() for picture in found]
     if not pictures:
@@ -220,15 +220,6 @@ def gather(
         )
     notes += _notes(folder, places, captions, tags, extensions)
     return Gathered(pictures, keys, entries, notes)
-
-
-def _folders(folder: Path) -> list[Path]:
-    """Return a folder and all in it but hidden ones, sorted."""
-    found = []
-    for place, inner, _ in os.walk(folder):
-        inner[:] = sorted(name for name in inner if not name.startswith("."))
-        found.append(Path(place))
-    return found
 
 
 def _known_keys(
@@ -279,7 +270,7 @@ def _joined(lines: str) -> str:
 
 
 def _nothing_found(folder: Path, *, is_recursive: bool) -> str:
-    inside = 0 if is_recursive else sum(len(pictures_in(place)) for place in _folders(folder))
+    inside = 0 if is_recursive else sum(len(pictures_in(place)) for place in folders_within(folder))
     if inside:
         advice = f"the folders in it hold {_count(inside, 'picture')}: add --recursive."
     elif foreign := foreign_pictures_in(folder):
@@ -313,7 +304,7 @@ def _notes(
         number = _count(len(captions.several_lines), "caption file")
         notes.append(f"only the first line is used of {number} ({_some(captions.several_lines)})")
     if len(places) == 1:
-        inside = sum(len(pictures_in(place)) for place in _folders(folder) if place != folder)
+        inside = sum(len(pictures_in(place)) for place in folders_within(folder) if place != folder)
         notes += [f"{_count(inside, 'picture')} in folders inside, not used; --recursive takes them"] if inside else []
     foreign = [path for place in places for path in foreign_pictures_in(place)]
     if foreign:

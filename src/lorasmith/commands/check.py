@@ -9,7 +9,7 @@ writes a repaired copy into a new folder.
 import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path, PurePath
@@ -22,11 +22,12 @@ from lorasmith.command_line import quoted
 from lorasmith.config import CheckConfig
 from lorasmith.data import inspection, masks, repair
 from lorasmith.data.buckets import Buckets, CropPlan
-from lorasmith.data.caption_files import CaptionFiles, accepted_extensions, read_caption_files
+from lorasmith.data.caption_files import DEFAULT_EXTENSIONS, CaptionFiles, accepted_extensions, read_caption_files
 from lorasmith.data.gathering import plan_crops
 from lorasmith.data.images import (
     UnreadablePicture,
     extensions,
+    folders_within,
     foreign_pictures_in,
     open_image,
     pictures_in,
@@ -46,6 +47,7 @@ from lorasmith.data.quality import (
     strays,
 )
 from lorasmith.data.records import ImageRecord
+from lorasmith.data.sources import metadata_json
 from lorasmith.data.sources.folder import Part, find_parts, nothing_found
 from lorasmith.data.subsets import Augmentation, DatasetRules, Subset
 from lorasmith.errors import UserError
@@ -74,7 +76,13 @@ def run(cfg: CheckConfig) -> int:
         raise UserError("missing: DIR, the folder of pictures. For example: lorasmith check photos")
     require_folder(cfg.folder)
     _check_outputs(cfg, cfg.folder)
-    facts, looks = examine(cfg.folder, accepted_extensions(cfg.caption_extension), cfg.caption, recursive=cfg.recursive)
+    if cfg.captions is None:
+        parts, _ = find_parts(cfg.folder, cfg.caption, 1, recursive=cfg.recursive)
+        accepted = accepted_extensions(cfg.caption_extension)
+        captions = [read_caption_files(part.folder, part.pictures, accepted) for part in parts]
+        facts, looks = examine(cfg.folder, parts, captions, accepted)
+    else:
+        facts, looks = examine_metadata(cfg.folder, cfg.captions, cfg.caption)
     facts = with_masks(facts, cfg.masks, is_alpha=cfg.alpha_mask)
     wishes = Wishes(cfg.resolution, count_tokens, cfg.trigger, cfg.caption, cfg.max_token_length)
     findings = find_all(facts, wishes)
@@ -120,21 +128,22 @@ def _check_outputs(cfg: CheckConfig, folder: Path) -> None:
 
 
 def examine(
-    folder: Path, accepted: Sequence[str], default_caption: str | None, *, recursive: bool = False
+    folder: Path, parts: Sequence[Part], captions: Sequence[CaptionFiles], accepted: Sequence[str]
 ) -> tuple[Facts, Looks]:
     """Read everything in a folder and return what is known of it.
+
+    Args:
+        parts, captions: the folders whose pictures are trained, and what the text files in each of them say.
 
     Raises:
         UserError: there is nothing that could be meant as a picture.
     """
-    parts, _ = find_parts(folder, default_caption, 1, recursive=recursive)
     used = {picture for part in parts for picture in part.pictures}
-    places = list(_folders(folder))
+    places = folders_within(folder)
     unused = [path for place in places for path in pictures_in(place) if path not in used]
     foreign = [path for place in places for path in foreign_pictures_in(place)]
     if not (used or unused or foreign):
         raise UserError(nothing_found(folder))
-    captions = [read_caption_files(part.folder, part.pictures, accepted) for part in parts]
     looked_at = dict(zip(used, _in_threads(_inspect, list(used), "reading"), strict=True))
     looks = {path: look for path, look in looked_at.items() if isinstance(look, inspection.Look)}
     pictures: list[Picture] = []
@@ -152,6 +161,19 @@ def examine(
         Facts(folder, groups, pictures, captions, accepted, foreign, unused, stray_captions, office_files, alike),
         looks,
     )
+
+
+def examine_metadata(folder: Path, metadata: Path, default_caption: str | None) -> tuple[Facts, Looks]:
+    """Return what is known of the pictures that a metadata file names in a folder.
+
+    Raises:
+        UserError: it is broken, or names none of them.
+    """
+    texts = metadata_json.captions_of(metadata, folder)
+    part = Part(folder, folder.resolve().name, 1, default_caption, False, sorted(texts))
+    given = CaptionFiles(first_lines={path: text for path, text in texts.items() if text})
+    facts, looks = examine(folder, [part], [given], DEFAULT_EXTENSIONS)
+    return replace(facts, metadata=metadata, stray_captions={}, office_files={}), looks
 
 
 def with_masks(facts: Facts, folder: Path | None, *, is_alpha: bool) -> Facts:
@@ -196,13 +218,6 @@ def _open_mask(picture: Picture, path: Path | None) -> tuple[Image.Image, MaskLo
 def count_tokens(texts: Sequence[str]) -> list[int]:
     """Return how many tokens the text encoder would be given of each text, without start and end."""
     return [len(ids) - 2 for ids in tokenizer.build()(list(texts))["input_ids"]] if texts else []
-
-
-def _folders(folder: Path) -> Iterator[Path]:
-    """Return a folder and all in it but hidden ones, sorted."""
-    for place, inner, _ in os.walk(folder):
-        inner[:] = sorted(name for name in inner if not name.startswith("."))
-        yield Path(place)
 
 
 def _inspect(path: Path) -> inspection.Look | UnreadablePicture:

@@ -140,6 +140,15 @@ def pictures_in(folder: Path) -> list[Path]:
     return [path for path in _visible_files(folder) if path.suffix.lower() in wanted]
 
 
+def folders_within(folder: Path) -> list[Path]:
+    """Return a folder and all folders in it, however deep, sorted; hidden ones not."""
+    found = []
+    for place, inner, _ in os.walk(folder):
+        inner[:] = sorted(name for name in inner if not name.startswith("."))
+        found.append(Path(place))
+    return found
+
+
 def foreign_pictures_in(folder: Path) -> list[Path]:
     """Return the files directly in a folder that are pictures of kinds which are not read, such as HEIC."""
     wanted = _FOREIGN - extensions()

@@ -25,6 +25,7 @@ from lorasmith.data.images import (
     UnreadablePicture,
     advice_for_foreign,
     extensions,
+    folders_within,
     foreign_pictures_in,
     open_image,
     pictures_in,
@@ -72,7 +73,7 @@ def find_pictures(folder: Path, *, recursive: bool) -> tuple[list[Path], list[st
         UserError: there is no such folder, or no picture in it.
     """
     require_folder(folder)
-    places = list(_folders(folder)) if recursive else [folder]
+    places = folders_within(folder) if recursive else [folder]
     pictures = [path for place in places for path in pictures_in(place)]
     foreign = [path for place in places for path in foreign_pictures_in(place)]
     notes = []
@@ -82,17 +83,10 @@ def find_pictures(folder: Path, *, recursive: bool) -> tuple[list[Path], list[st
             f"{listed(foreign)}"
         )
     if not pictures:
-        deeper = 0 if recursive else sum(len(pictures_in(place)) for place in _folders(folder))
+        deeper = 0 if recursive else sum(len(pictures_in(place)) for place in folders_within(folder))
         hint = f"; {deeper} lie in folders in it: give --recursive" if deeper else "; check the path"
         raise UserError("\n".join([f"no pictures found in {folder}{hint}.", *notes]))
     return pictures, notes
-
-
-def _folders(folder: Path) -> Iterator[Path]:
-    """Return a folder and all in it but hidden ones, sorted."""
-    for place, inner, _ in os.walk(folder):
-        inner[:] = sorted(name for name in inner if not name.startswith("."))
-        yield Path(place)
 
 
 @dataclass(frozen=True)

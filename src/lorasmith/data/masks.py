@@ -22,6 +22,7 @@ from lorasmith.data.images import (
     Draws,
     UnreadablePicture,
     cut_out,
+    folders_within,
     open_as_stored,
     open_with_alpha,
     pictures_in,
@@ -53,11 +54,7 @@ def files_in(folder: Path) -> list[Path]:
         UserError: there is no such folder.
     """
     require_folder(folder)
-    found = []
-    for place, inner, _ in os.walk(folder):
-        inner[:] = sorted(name for name in inner if not name.startswith("."))
-        found += pictures_in(Path(place))
-    return found
+    return [path for place in folders_within(folder) for path in pictures_in(place)]
 
 
 def match_files(folder: Path, place: Path, pictures: Sequence[Path]) -> Matches:

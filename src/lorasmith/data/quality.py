@@ -84,7 +84,8 @@ class Facts:
     foreign: pictures of kinds that are not read. unused: pictures where training does not look. stray_captions: picture
     -> a file that was probably meant as its caption. office_files: the same, but no plain text.
     alike: picture -> an earlier one that looks the same but is another file. has_masks: masks are asked for.
-    unused_masks: without a picture. doubtful_masks: see `mask_files.Matches`.
+    unused_masks: without a picture. doubtful_masks: see `mask_files.Matches`. metadata: the file with all captions,
+    which are in no files beside the pictures then.
     """
 
     folder: Path
@@ -100,6 +101,7 @@ class Facts:
     has_masks: bool = False
     unused_masks: Sequence[Path] = ()
     doubtful_masks: Mapping[Path, Sequence[Path]] = field(default_factory=dict)
+    metadata: Path | None = None
 
     @property
     def readable(self) -> list[Picture]:
@@ -227,17 +229,19 @@ def foreign_kind(facts: Facts, wishes: Wishes) -> Iterable[Finding]:
 
 def unused_pictures(facts: Facts, wishes: Wishes) -> Iterable[Finding]:
     """Pictures directly in the parent of DreamBooth folders, or in folders that are not looked into."""
-    named = any(group.words is not None for group in facts.groups)
-    why = (
-        "only the folders named `N_identifier class` are trained"
-        if named
-        else "folders inside the given one are not trained"
-    )
+    if facts.metadata is not None:
+        why, advice = f"no entry in {facts.metadata.name}", "write one for {them} there (lorasmith captions does it)"
+    elif any(group.words is not None for group in facts.groups):
+        why = "only the folders named `N_identifier class` are trained"
+        advice = "move {them} into one of those folders, or give another folder"
+    else:
+        why = "folders inside the given one are not trained"
+        advice = "move {them} into the folder itself, give another folder, or train with --recursive"
     yield from _finding(
         "warning",
         "unused-picture",
         "{pictures} would be left out: " + why,
-        "move {them} into " + ("one of those folders" if named else "the folder itself") + ", or give another folder",
+        advice,
         [Place(path) for path in facts.unused],
     )
 
@@ -361,12 +365,18 @@ def animated(facts: Facts, wishes: Wishes) -> Iterable[Finding]:
 
 def caption_missing(facts: Facts, wishes: Wishes) -> Iterable[Finding]:
     """Neither a file nor words from the folder's name or an option."""
+    if facts.metadata is not None:
+        advice = f'write it in {facts.metadata.name}; or give --caption "your words" for all'
+    else:
+        advice = (
+            f"write a file beside each, with the same name and the extension {' or '.join(facts.accepted)}; or give "
+            '--caption "your words" for all; or name the folder `1_your words`'
+        )
     yield from _finding(
         "error",
         "caption-missing",
         "{pictures} without a caption; training stops at {them}",
-        f"write a file beside each, with the same name and the extension {' or '.join(facts.accepted)}; or give "
-        '--caption "your words" for all; or name the folder `1_your words`',
+        advice,
         [
             Place(picture.path)
             for picture in facts.pictures

@@ -21,6 +21,7 @@ from lorasmith.data.caption_files import (
 )
 from lorasmith.data.images import (
     advice_for_foreign,
+    folders_within,
     foreign_pictures_in,
     pictures_in,
     probe_all,
@@ -139,9 +140,8 @@ def find_parts(
 def _parts_within(folder: Path, pattern: re.Pattern[str], caption: str | None, repeats: int) -> list[Part]:
     """Return a part for each folder with pictures, however deep, sorted by path."""
     parts, root = [], folder.resolve()
-    for place, inner, _ in os.walk(folder):
-        inner[:] = sorted(name for name in inner if not name.startswith("."))
-        pictures, path = pictures_in(Path(place)), Path(place).relative_to(folder)
+    for place in folders_within(folder):
+        pictures, path = pictures_in(place), place.relative_to(folder)
         if not pictures:
             continue
         names = reversed([root.name, *path.parts])

@@ -6,13 +6,12 @@ A key is a picture's path, absolute or in the image folder, with or without the 
 picture in a folder inside, if no other there is called so.
 """
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from lorasmith.data import metadata_files
 from lorasmith.data.caption_files import listed
-from lorasmith.data.images import pictures_in, probe_all, require_folder
+from lorasmith.data.images import folders_within, pictures_in, probe_all, require_folder
 from lorasmith.data.metadata_files import Entry
 from lorasmith.data.records import ImageRecord, Scan
 from lorasmith.data.subsets import Subset
@@ -54,10 +53,7 @@ def scan(
             keys have the same one, one key has several; pictures without any caption; unreadable pictures.
     """
     require_folder(folder)
-    entries = metadata_files.read(metadata)
-    pictures = find_pictures(metadata, entries, folder)
-    if not pictures:
-        raise UserError(_nothing_found(metadata, entries, folder))
+    entries, pictures = _found(metadata, folder)
     texts = {picture: entries[key].text for key, picture in pictures.items()}
     uncaptioned = [picture for picture, text in texts.items() if not text]
     if uncaptioned and caption is None:
@@ -79,6 +75,24 @@ def scan(
     if caption is not None:
         notes.append(f'{len(uncaptioned)} pictures have neither caption nor tags and get "{caption}"')
     return Scan(records, notes + probe_notes)
+
+
+def captions_of(metadata: Path, folder: Path) -> dict[Path, str]:
+    """Return the pictures in a folder that a metadata file names, each with its `caption, tags`, "" without any.
+
+    Raises:
+        UserError: as `scan`, but for pictures.
+    """
+    entries, pictures = _found(metadata, folder)
+    return {picture: entries[key].text for key, picture in pictures.items()}
+
+
+def _found(metadata: Path, folder: Path) -> tuple[dict[str, Entry], dict[str, Path]]:
+    entries = metadata_files.read(metadata)
+    pictures = find_pictures(metadata, entries, folder)
+    if not pictures:
+        raise UserError(_nothing_found(metadata, entries, folder))
+    return entries, pictures
 
 
 def find_pictures(metadata: Path, entries: Mapping[str, Entry], folder: Path) -> dict[str, Path]:
@@ -154,11 +168,7 @@ class _Finder:
 
     def _in_all_below(self) -> dict[str, list[Path]]:
         if self._below is None:
-            pictures: list[Path] = []
-            for place, inner, _ in os.walk(self._folder):
-                inner[:] = sorted(name for name in inner if not name.startswith("."))
-                pictures += pictures_in(Path(place))
-            self._below = _by_name(pictures)
+            self._below = _by_name([path for place in folders_within(self._folder) for path in pictures_in(place)])
         return self._below
 
 
