@@ -2,6 +2,7 @@
 PYTHON ?= python3
 STAMP := .venv/.installed
 BIN := .venv/bin
+WORKERS := -n logical --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all lint bench docs clean
@@ -19,10 +20,10 @@ demo: $(STAMP) ## train on the embedded model and show what it learned, in minut
 	$(BIN)/lorasmith demo
 
 test: $(STAMP) ## all tests but the slow ones
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" $(WORKERS)
 
 test-all: $(STAMP) ## all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
 
 lint: $(STAMP) ## style, types and layers
 	$(BIN)/ruff check .
