@@ -69,7 +69,7 @@ def train_command(folder: Path) -> list[str]:
         Image.effect_noise((64, 64), 50).convert("RGB").save(folder / "pictures" / f"{number}.png")
     options = {"base": model, "images": folder / "pictures", "output": folder / "out", "resolution": 64, "steps": 10}
     given = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    switches = ["--caption", "sks dog", "--device", "cpu", "--no-before-after", "--overwrite"]
+    switches = ["--caption", "sks dog", "--device", "cpu", "--no-before-after", "--overwrite", "--no-disk-cache"]
     return [sys.executable, "-m", "lorasmith", "train", *given, *switches]
 
 

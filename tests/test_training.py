@@ -5,6 +5,7 @@ import signal
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -45,6 +46,12 @@ class Miniature(LatentDiffusion):
         small = nn.functional.avg_pool2d(pixels, 8)
         mean = torch.cat([small, small.mean(1, keepdim=True)], dim=1)
         return mean, 0.1 + mean.abs()
+
+    def image_encoding(self) -> dict[str, Any]:
+        return {}
+
+    def text_encoding(self) -> dict[str, Any]:
+        return {}
 
     def decode(self, latents: Tensor) -> Tensor:
         return latents[:, :3]

@@ -129,9 +129,9 @@ def _open_file(path: Path, stack: ExitStack) -> tuple[str, _Reader]:
 
 class _SafeTensors:
     def __init__(self, path: Path, size: int, stack: ExitStack) -> None:
-        header = _read_header(path, size)
+        header = read_header(path, size)
         self.metadata = dict(header.pop("__metadata__", {}))
-        self.shapes = {name: (tuple(info["shape"]), _SAFE_DTYPES[info["dtype"]]) for name, info in header.items()}
+        self.shapes = {name: (tuple(info["shape"]), SAFE_DTYPES[info["dtype"]]) for name, info in header.items()}
         try:
             self._file = stack.enter_context(safetensors.safe_open(path, "pt"))  # type: ignore[no-untyped-call]
         except safetensors.SafetensorError as error:
@@ -141,15 +141,19 @@ class _SafeTensors:
         return self._file.get_tensor(name)
 
 
-_SAFE_DTYPES = {
+SAFE_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 
 
-def _read_header(path: Path, size: int) -> dict[str, Any]:
-    """Return a safetensors header after checking that it and the file's size agree."""
+def read_header(path: Path, size: int) -> dict[str, Any]:
+    """Return a safetensors header after checking that it and the file's size agree.
+
+    Raises:
+        UserError: they do not, or it cannot be read.
+    """
     again = "the download or copy was cut short or damaged; get the file again."
     with path.open("rb") as file:
         prefix = file.read(8)
@@ -167,7 +171,7 @@ def _read_header(path: Path, size: int) -> dict[str, Any]:
     expected = 8 + length + max(ends, default=0)
     if size != expected:
         raise UserError(f"{path} has {size} bytes, but {expected} are announced in its header: {again}")
-    if unknown := sorted(dtypes - _SAFE_DTYPES.keys()):
+    if unknown := sorted(dtypes - SAFE_DTYPES.keys()):
         raise UserError(f"{path} holds numbers of type {', '.join(unknown)}, not read here; convert it to fp16.")
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise UserError(f"{path}: the metadata in its header are not all text: {again}")

@@ -121,6 +121,7 @@ def _check_token_length(length: int) -> int:
 # A shell expands ~ at the start of a word only: not in --base=~/model, nor in a TOML file.
 Place = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
 PlaceOrHubId = Annotated[str, AfterValidator(os.path.expanduser)]
+CacheDir = Annotated[Path, AfterValidator(lambda path: Path(os.path.abspath(os.path.expanduser(path))))]
 FileName = Annotated[str, AfterValidator(_check_name)]
 Color = Annotated[str, AfterValidator(_check_color), Field(json_schema_extra={"format": "color"})]
 TokenLength = Annotated[int, AfterValidator(_check_token_length)]
@@ -328,7 +329,16 @@ class DataSection(Section):
     skip_unreadable: bool = Field(default=False, description="Leave unreadable pictures out instead of stopping.")
     cache_latents: bool | None = Field(
         default=None,
-        description="Encode every picture once and keep it in memory; left out, on unless an augmentation is.",
+        description="Encode every picture once, not for every step; left out, on unless an augmentation gives other "
+        "pixels each time.",
+    )
+    disk_cache: bool = Field(
+        default=True,
+        description="Keep what is encoded, and facts of pictures, in the cache folder for other runs (docs/caches.md).",
+    )
+    cache_dir: CacheDir | None = Field(
+        default=None,
+        description="The cache folder; left out, the environment's LORASMITH_CACHE, or where the system has caches.",
     )
     workers: Annotated[int, Field(ge=0)] = Field(
         default=2, description="Threads that prepare batches ahead; the number never changes the result."
@@ -460,7 +470,9 @@ class LogSection(Section):
 class TrainConfig(Section):
     """Train a LoRA on pictures."""
 
-    dry_run: bool = Field(default=False, description="Print the plan and stop before anything is loaded or written.")
+    dry_run: bool = Field(
+        default=False, description="Print the plan and stop before a model is loaded or the output written."
+    )
     resume: Place | None = Field(
         default=None,
         description="Go on with a stopped run: its output folder or one of its states; options come from it.",
@@ -550,6 +562,9 @@ def contradictions(cfg: TrainConfig) -> list[str]:
         "missing; give a place for them": data.prior_pictures and not data.regularization and not cfg.resume,
         "prior_prompt is for prior_pictures, how many are to be drawn; give that too, or leave the prompt out": (
             data.prior_prompt and not data.prior_pictures and not cfg.resume
+        ),
+        "cache_dir says where the cache folder is, but disk_cache is off; leave out one of them": (
+            data.cache_dir and not data.disk_cache
         ),
         "prior_loss_weight is for regularization pictures, but regularization, their folder, is missing; "
         "give it, or leave the weight out": (
@@ -853,6 +868,78 @@ class TagConfig(Section):
     max_megapixels: PositiveInt = Field(default=179, description="Leave out pictures of more million pixels.")
 
 
+_AGE_UNITS = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+_SIZE_UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def _check_age(age: str) -> str:
+    seconds_of(age)
+    return age
+
+
+def _check_bytes(size: str) -> str:
+    bytes_of(size)
+    return size
+
+
+def seconds_of(age: str) -> float:
+    """Return a time such as 30d in seconds."""
+    return _measured(age, _AGE_UNITS, "expected a number and m, h, d or w, such as 30d for 30 days")
+
+
+def bytes_of(size: str) -> int:
+    """Return a size such as 10GB in bytes."""
+    return int(_measured(size, _SIZE_UNITS, "expected a number and MB, GB or TB, such as 10GB"))
+
+
+def _measured(text: str, units: Mapping[str, int], expected: str) -> float:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([a-zA-Z]+)", text.strip())
+    factor = None if found is None else next((n for unit, n in units.items() if unit.lower() == found[2].lower()), None)
+    if found is None or factor is None:
+        raise ValueError(expected)
+    return float(found[1]) * factor
+
+
+class CacheConfig(Section):
+    """Show what the cache folder holds, or remove some of it."""
+
+    action: Literal["ls", "prune"] | None = Field(
+        default=None,
+        description="What to do: list what there is, or remove what older_than, max_size or all say.",
+        json_schema_extra={"positional": "ls|prune"},
+    )
+    cache_dir: CacheDir | None = Field(
+        default=None,
+        description="The cache folder; left out, the environment's LORASMITH_CACHE, or where the system has caches.",
+    )
+    kind: Literal["latents", "text", "facts"] | None = Field(
+        default=None, description="Only latents of pictures, text embeddings, or facts of files."
+    )
+    older_than: Annotated[str, AfterValidator(_check_age)] | None = Field(
+        default=None, description="Remove what was not used for so long, such as 30d (m, h, d, w)."
+    )
+    max_size: Annotated[str, AfterValidator(_check_bytes)] | None = Field(
+        default=None, description="Remove what was not used for longest, until the rest is of this size, such as 10GB."
+    )
+    everything: bool = Field(default=False, alias="all", description="Remove all.")
+    dry_run: bool = Field(default=False, description="Say what prune would remove, and remove nothing.")
+    as_json: bool = Field(default=False, alias="json", description="List as JSON.")
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "CacheConfig":
+        rules = [name for name in ("older_than", "max_size") if getattr(self, name) is not None]
+        if self.everything and rules:
+            raise ValueError(f"all removes everything, but {' and '.join(rules)} would keep some; leave out one")
+        given = [*rules, *(["all"] if self.everything else []), *(["dry_run"] if self.dry_run else [])]
+        if self.action == "ls" and given:
+            raise ValueError(f"{' and '.join(given)} is for prune, and ls only lists; leave it out")
+        if self.action == "prune" and not (rules or self.everything):
+            raise ValueError("say what prune is to remove: --older-than 30d, --max-size 10GB, or --all")
+        if self.action == "prune" and self.as_json:
+            raise ValueError("json is for ls; leave it out")
+        return self
+
+
 COMMANDS: dict[str, type[Section]] = {
     "train": TrainConfig,
     "demo": DemoConfig,
@@ -860,6 +947,7 @@ COMMANDS: dict[str, type[Section]] = {
     "captions": CaptionsConfig,
     "caption": CaptionConfig,
     "tag": TagConfig,
+    "cache": CacheConfig,
 }
 
 

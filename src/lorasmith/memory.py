@@ -1,24 +1,22 @@
 """What a training run keeps in memory, and the two means against it: gradient checkpointing and the attention chosen.
 
-Works on diffusers' and transformers' modules, and on numbers; knows no model family.
+Works on diffusers' and transformers' modules, and on numbers; knows no model family. These libraries are imported with
+the first model, not with this module: it takes seconds, and a plan is printed without them.
 """
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from threading import RLock
 from typing import Any, Literal, Protocol
 
 import torch
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
-from diffusers.models.modeling_utils import ModelMixin
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 Attention = Literal["sdpa", "plain"]
 
+_LENDING = RLock()
 _VALUE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # Counted on SD1's U-Net with LoRA on 192 layers, 512 x 512, batch 1, 2 bytes a value; all of it grows with the pixels,
 # the batch and the width of the network.
@@ -45,6 +43,9 @@ def set_gradient_checkpointing(model: _Parts, enabled: bool) -> None:
 
     Both libraries do so only in train mode, so the parts are put in it exactly then; they have no dropout.
     """
+    from diffusers.models.modeling_utils import ModelMixin
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     assert isinstance(model.denoiser, ModelMixin)
     if enabled:
         model.denoiser.enable_gradient_checkpointing()
@@ -62,6 +63,10 @@ def set_gradient_checkpointing(model: _Parts, enabled: bool) -> None:
 
 def set_attention(model: _Parts, kind: Attention) -> None:
     """Compute attention with torch's fused kernels (`sdpa`) or with plain matrix products (`plain`)."""
+    from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from transformers import PreTrainedModel
+
     assert isinstance(model.denoiser, UNet2DConditionModel) and isinstance(model.text_encoder, PreTrainedModel)
     model.denoiser.set_attn_processor(AttnProcessor2_0() if kind == "sdpa" else AttnProcessor())
     model.text_encoder.set_attn_implementation("sdpa" if kind == "sdpa" else "eager")
@@ -74,13 +79,14 @@ def vae_home(device: torch.device, *, caches_latents: bool) -> torch.device:
 
 @contextmanager
 def lent(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Have a module on the device for a while; afterwards it is back where it was."""
-    home = next(module.parameters()).device
-    module.to(device)
-    try:
-        yield
-    finally:
-        module.to(home)
+    """Have a module on the device for a while; afterwards it is back where it was. Threads wait for each other."""
+    with _LENDING:
+        home = next(module.parameters()).device
+        module.to(device)
+        try:
+            yield
+        finally:
+            module.to(home)
 
 
 def estimate_training_memory(

@@ -1,7 +1,7 @@
 """Which model family a checkpoint is of, told by the names and shapes in its header, and what goes on from there.
 
-A family is a file in `lorasmith/models` with the functions `matches`, `describe`, `target_shapes`, `is_cut` and `load`,
-as `models/sd.py` has them.
+A family is a file in `lorasmith/models` with the functions `matches`, `describe`, `target_shapes`, `cut_captions` and
+`load`, as `models/sd.py` has them.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -49,12 +49,8 @@ def cut_captions(
     checkpoint: Checkpoint, captions: Iterable[str], *, max_token_length: int, weighted_captions: bool
 ) -> set[str]:
     """Return those captions of which words find no place in that many tokens."""
-    family = _find(checkpoint)
-    return {
-        caption
-        for caption in set(captions)
-        if family.is_cut(caption, max_token_length=max_token_length, weighted_captions=weighted_captions)
-    }
+    cut: Callable[..., set[str]] = _find(checkpoint).cut_captions
+    return cut(set(captions), max_token_length=max_token_length, weighted_captions=weighted_captions)
 
 
 def load(

@@ -8,9 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
-from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from PIL import Image
 from torch import Tensor
 
@@ -18,13 +15,13 @@ from lorasmith.errors import UserError
 from lorasmith.models.base import Conditioning, LatentDiffusion
 
 # Timesteps and end points are as Stable Diffusion's own repositories and WebUI have them.
-_SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "dpm++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_order": 2}),  # arXiv:2211.01095
+_SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),  # arXiv:2211.01095
     "ddim": (  # arXiv:2010.02502, without noise (eta = 0)
-        DDIMScheduler,
+        "DDIMScheduler",
         {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "timestep_spacing": "leading"},
     ),
-    "euler": (EulerDiscreteScheduler, {}),  # arXiv:2206.00364
+    "euler": ("EulerDiscreteScheduler", {}),  # arXiv:2206.00364
 }
 
 
@@ -72,7 +69,10 @@ def generate(
 
 def make_scheduler(model: LatentDiffusion, sampler: str) -> Any:
     """Return the diffusers scheduler of that name for the model's betas and what it predicts."""
-    kind, options = _SAMPLERS[sampler]
+    import diffusers  # takes seconds, and a run's plan is printed without it
+
+    name, options = _SAMPLERS[sampler]
+    kind = getattr(diffusers, name)
     schedule = model.schedule
     return kind(
         num_train_timesteps=len(schedule.betas),

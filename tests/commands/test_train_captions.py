@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-import torch
 
 from lorasmith.cli import main
 from lorasmith.commands import train
@@ -161,22 +160,6 @@ def test_a_cut_caption_is_told_where_another_folder_has_a_picture_of_that_name(p
     with contextlib.redirect_stdout(printed):
         assert main(words) == 0
     assert "1 caption is longer than 75 tokens, and the last words are not used: 0.png" in printed.getvalue()
-
-
-def test_frozen_text_is_encoded_once_but_not_kept_without_end(place: Place) -> None:
-    calls: list[str] = []
-
-    class Encoder:
-        def encode_text(self, captions: list[str]) -> dict[str, torch.Tensor]:
-            calls.extend(captions)
-            return {"text": torch.ones(1, 77, 1) * len(captions[0])}
-
-    encode = train._encoder(Encoder(), is_trained=False)  # type: ignore[arg-type]
-    assert encode(["a", "bb", "a"])["text"][:, 0, 0].tolist() == [1, 2, 1] and calls == ["a", "bb"]
-    for number in range(2000):
-        encode([str(number)])
-    encode(["1999", "a"])
-    assert calls[-1] == "a" and calls.count("a") == 2 and calls.count("1999") == 1
 
 
 def test_weights_count_only_when_asked_for(place: Place) -> None:

@@ -348,7 +348,7 @@ def test_an_augmentation_changes_the_pictures(place: Place, option: str) -> None
     augmented = place.train(*whole_epoch, option)
     assert distance(augmented, plain) > 1e-2
     assert ("mirrored ones too, for flip" if option == "--flip" else "encoded anew for every step") in augmented.plan
-    assert "cached in memory" in place.train().plan and "mirrored" not in place.train().plan
+    assert "latents cached cache" in place.train().plan and "mirrored" not in place.train().plan
 
 
 def test_cached_mirror_images_teach_what_mirrored_pictures_do(place: Place) -> None:

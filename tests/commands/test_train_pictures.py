@@ -210,7 +210,7 @@ def test_a_face_crop_of_one_size_is_that_part_and_can_be_cached(place: Place) ->
     assert same(place.learned(folder, *options), expected) and not same(place.learned(folder), expected)
     assert same(place.learned(folder, *options, "--no-cache-latents"), place.learned(part, "--no-cache-latents"))
     plan = place.plan(folder, *options)
-    assert "cropped around a face: 1 of 1" in plan and "cached in memory; face_crop_aug_range works with that" in plan
+    assert "cropped around a face: 1 of 1" in plan and "latents cached; face_crop_aug_range works with that" in plan
 
 
 def test_a_face_crop_of_several_sizes_varies_and_is_not_cached(place: Place) -> None:
@@ -243,4 +243,4 @@ def test_the_plan_says_what_keeps_latents_from_being_cached(place: Place) -> Non
     folder = place.folder(a=noise())
     assert "since color and random_crop give other pixels" in place.plan(folder, "--color", "--random-crop")
     assert "since cache_latents is off" in place.plan(folder, "--no-cache-latents")
-    assert "cached in memory" in place.plan(folder)
+    assert "latents cached cache" in place.plan(folder)

@@ -109,6 +109,7 @@ def _one(arguments: list[str], index: int, port: int, logs: Path, events: Sequen
     os.environ.update(
         RANK=str(index), LOCAL_RANK=str(index), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), SOURCE_DATE_EPOCH="1700000000", OMP_NUM_THREADS="1",
+        LORASMITH_CACHE=str(logs / "cache"),
     )  # fmt: skip
     torch.set_num_threads(1)
     os.chdir(folder)

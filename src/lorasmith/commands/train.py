@@ -11,10 +11,10 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,28 @@ from tqdm import tqdm
 
 import lorasmith
 from lorasmith import config, metadata, model_families, prior_pictures
+from lorasmith.cache_folder import Say, Store, default_place, in_words, open_cache
+from lorasmith.caching import (
+    Encoded,
+    LatentKey,
+    Maker,
+    Wanted,
+    cached_encoder,
+    cached_posteriors,
+    caption_name,
+    count_cached,
+    lasting_captions,
+    open_store,
+)
 from lorasmith.checkpoint import atomic_file, open_checkpoint
 from lorasmith.command_line import quoted
 from lorasmith.config import TrainConfig
 from lorasmith.data import captions, dataset_config, dataset_metadata
 from lorasmith.data.buckets import Buckets, CropPlan, Size
 from lorasmith.data.captions import CaptionOptions
-from lorasmith.data.dataset import Dataset, Posteriors, plain_pixels, read_ahead
+from lorasmith.data.dataset import Dataset, Posteriors
 from lorasmith.data.gathering import Gathered, gather
-from lorasmith.data.images import require_folder, set_pixel_limit
+from lorasmith.data.images import remembering, require_folder, set_pixel_limit
 from lorasmith.data.places import is_shards, source_of
 from lorasmith.data.plan import Plan, build_plan, validation_plan
 from lorasmith.data.records import ImageRecord
@@ -43,7 +56,7 @@ from lorasmith.interrupt import StopRequest
 from lorasmith.loss_log import LossLog
 from lorasmith.lr import multiplier
 from lorasmith.memory import estimate_training_memory, lent, set_attention, set_gradient_checkpointing, vae_home
-from lorasmith.models.base import Conditioning, LatentDiffusion
+from lorasmith.models.base import LatentDiffusion
 from lorasmith.network import Network, Rule, check_ranks, match, part_of
 from lorasmith.optimizers.base import builder
 from lorasmith.output_folder import RUN_FILE, OutputFolder, check_free, move_aside
@@ -78,7 +91,6 @@ from lorasmith.validation import validation_loss
 
 _DEFAULT_STEPS = 1600  # the document's scripts' own
 _NUM_DEFAULT_PROMPTS = 2
-_NUM_REMEMBERED = 1024  # captions that vary have no end, and each costs 0.2 MB for every 75 tokens
 _OF_ONE_START: Any = {"resume": True, "save": {"overwrite"}}  # options that a resumed run does not take over
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _FAMILY_TITLES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x"}
@@ -89,6 +101,7 @@ _PLACES = (  # options of a run that name something on the disk, so that it can 
     ("data", "images"), ("data", "regularization"), ("data", "captions"), ("data", "masks"),
     ("data", "dataset_config"),
 )  # fmt: skip
+_ENCODED_TITLES: dict[Encoded, str] = {"latents": "latents", "text": "text embeddings"}
 _PART_TITLES = {"text_encoder": "text encoder", "unet": "U-Net"}
 _PATTERNS = {"both": "*", "unet": "lora_unet_*", "text_encoder": "lora_te*"}
 
@@ -115,6 +128,8 @@ class Preparation:
     cached: list[bool]  # of each data set, whether its latents are
     fingerprint: str
     state: State | None
+    cache: Path | None
+    say: Say
 
 
 def run(cfg: TrainConfig) -> int:
@@ -172,7 +187,10 @@ def prepare(cfg: TrainConfig, processes: Processes, state: State | None) -> Prep
     set_pixel_limit(cfg.data.max_megapixels)
     datasets, notes = _datasets(cfg, cfg.data.resolution or facts.resolution)
     _check_mask_options(cfg.data, datasets)
-    gathered = gather(datasets, processes)
+    say = _teller(processes)
+    cache_place = _cache(cfg, say)
+    with remembering(cache_place, say):
+        gathered = gather(datasets, processes)
     plan = build_plan(
         gathered.records,
         [crop.shape for crop in gathered.crops],
@@ -196,7 +214,7 @@ def prepare(cfg: TrainConfig, processes: Processes, state: State | None) -> Prep
         [subset.for_run_of(total_steps) for subset in gathered.subsets],
         [*notes, *gathered.notes, *_cut_notes(cfg, gathered), *plan.notes],
         plan, validation_plan(plan, gathered.records, seed=_validation_seed(cfg)), total_steps, _prompts(cfg, gathered),
-        [_caches_latents(cfg, dataset) for dataset in datasets], fingerprint, state,
+        [_caches_latents(cfg, dataset) for dataset in datasets], fingerprint, state, cache_place, say,
     )  # fmt: skip
 
 
@@ -288,7 +306,7 @@ def train(cfg: TrainConfig, ready: Preparation, processes: Processes) -> int:
     """Load the model, train to the last step or until asked to stop, save and report."""
     with processes.together():
         session = _session(cfg, ready, processes)
-    return session.run(_dataset(cfg, ready, session.model, processes))
+    return session.run(_dataset(cfg, ready, session.model, processes, session.stores.get("latents")))
 
 
 def _session(cfg: TrainConfig, ready: Preparation, processes: Processes) -> "_Session":
@@ -311,12 +329,17 @@ def _session(cfg: TrainConfig, ready: Preparation, processes: Processes) -> "_Se
         ),
         weight_decay=cfg.optimizer.weight_decay,
     )
+    stores: dict[Encoded, Store] = {
+        kind: open_store(kind, ready.cache, model, maker, ready.say)
+        for kind, maker in _makers(cfg, ready, device).items()
+        if (any(ready.cached) if kind == "latents" else not _trains_text_encoder(ready))
+    }
     stepper = Stepper(
         model,
         list(network.parameters()),
         optimizer,
         processes,
-        _encoder(model, is_trained=any(part_of(name) == "text_encoder" for name in network.adapters)),
+        cached_encoder(model, stores["text"], _lasting_captions(ready)) if "text" in stores else model.encode_text,
         max_grad_norm=cfg.optimizer.max_grad_norm,
         is_fp16=ready.precision == "fp16",
     )
@@ -324,7 +347,7 @@ def _session(cfg: TrainConfig, ready: Preparation, processes: Processes) -> "_Se
         network.load_state_dict(state.network)
         optimizer.load_state_dict(state.optimizer)
         stepper.scaler.load_state_dict(state.scaler)
-    return _Session(cfg, ready, processes, model, network, optimizer, stepper)
+    return _Session(cfg, ready, processes, model, network, optimizer, stepper, stores)
 
 
 def _load_model(cfg: TrainConfig, ready: Preparation, device: torch.device) -> LatentDiffusion:
@@ -354,9 +377,10 @@ class _Session:
         network: Network,
         optimizer: torch.optim.Optimizer,
         stepper: Stepper,
+        stores: Mapping[Encoded, Store],
     ) -> None:
         self.cfg, self.ready, self.processes, self.model = cfg, ready, processes, model
-        self.network, self.optimizer, self.stepper = network, optimizer, stepper
+        self.network, self.optimizer, self.stepper, self.stores = network, optimizer, stepper, stores
         self.folder, self.state = _folder(cfg), ready.state
         self.started_at = now() if self.state is None else self.state.facts.started_at
         self.done = 0 if self.state is None else self.state.facts.step
@@ -369,6 +393,8 @@ class _Session:
         """Train; return the exit code."""
         together, is_main = self.processes.together, self.processes.is_main
         with ExitStack() as stack:
+            for store in self.stores.values():
+                stack.callback(store.flush)
             with together():
                 if is_main:
                     self._open_folder(stack)
@@ -913,7 +939,7 @@ def _latents_of(cfg: TrainConfig, dataset: DatasetRules, is_cached: bool) -> str
         mirrored = ", mirrored ones too, for flip" if any(one.flip for one in augmentations) else ""
         has_still_faces = any(one.has_still_faces for one in augmentations)
         still = "; face_crop_aug_range works with that, as its two ends are equal" if has_still_faces else ""
-        return f"cached in memory{mirrored}{still}"
+        return f"cached{mirrored}{still}"
     changing = dataset.changing_augmentations
     reason = f"{' and '.join(changing)} give other pixels each time" if changing else "cache_latents is off"
     return f"encoded anew for every step, since {reason}"
@@ -960,23 +986,6 @@ def _network(cfg: TrainConfig, model: LatentDiffusion) -> Network:
     )
 
 
-def _encoder(model: LatentDiffusion, *, is_trained: bool) -> Callable[[list[str]], Conditioning]:
-    """Return what turns captions into conditioning: with gradients if the text encoder is trained, else remembered."""
-    if is_trained:
-        return model.encode_text
-
-    @lru_cache(maxsize=_NUM_REMEMBERED)
-    @torch.no_grad()
-    def encode_one(caption: str) -> Conditioning:  # alone, so that its bits do not depend on its neighbours
-        return model.encode_text([caption])
-
-    def encode(captions: list[str]) -> Conditioning:
-        encoded = [encode_one(caption) for caption in captions]
-        return {name: torch.cat([one[name] for one in encoded]) for name in encoded[0]}
-
-    return encode
-
-
 def _make_deterministic(device: torch.device) -> None:
     """Let equal runs on a GPU give equal bytes; on the CPU they do so anyway."""
     if device.type != "cuda":
@@ -987,7 +996,9 @@ def _make_deterministic(device: torch.device) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # finds bugs, costs time
 
 
-def _dataset(cfg: TrainConfig, ready: Preparation, model: LatentDiffusion, processes: Processes) -> Dataset:
+def _dataset(
+    cfg: TrainConfig, ready: Preparation, model: LatentDiffusion, processes: Processes, store: Store | None
+) -> Dataset:
     return Dataset(
         ready.plan,
         ready.records,
@@ -997,52 +1008,109 @@ def _dataset(cfg: TrainConfig, ready: Preparation, model: LatentDiffusion, proce
         sample_t=model.schedule.sample_t,
         latent_channels=model.latent_channels,
         latent_factor=model.latent_factor,
-        latents=_posteriors(cfg, ready, model, processes),
+        latents={} if store is None else _posteriors(cfg, ready, model, processes, store),
         prior_loss_weight=cfg.data.prior_loss_weight,
         mask_background=cfg.data.mask_background,
         mask_by_area=cfg.data.mask_loss == "area",
     )
 
 
-@torch.no_grad()
-def _posteriors(cfg: TrainConfig, ready: Preparation, model: LatentDiffusion, processes: Processes) -> Posteriors:
-    """Encode every picture of cached data sets once, one at a time, so that its bits do not depend on its neighbours.
-
-    Each process encodes its share, and all get all: the same picture may be drawn by any of them later. What lies in
-    shards is encoded by the process that reads it, for itself.
-    """
-    wanted = [key for i, record in enumerate(ready.records) if ready.cached[record.dataset] for key in _keys(ready, i)]
-    shared = [key for key in wanted if ready.records[key[0]].shard is None]
-    own = [
-        key for key in wanted if ready.records[key[0]].shard is not None and ready.plan.reads(key[0], processes.index)
-    ]
-    mine = [*shared[processes.index :: processes.count], *own]
-    is_shown = cfg.log.progress and processes.is_main and bool(wanted)
-
-    def pixels_of(key: tuple[int, bool]) -> torch.Tensor:
-        record, is_mirrored = key
-        pixels = plain_pixels(ready.records[record], ready.crops[record], ready.subsets[ready.records[record].subset])
-        return pixels.flip(-1) if is_mirrored else pixels
-
-    encoded: dict[tuple[int, bool], torch.Tensor] = {}  # mean and std, (2, C, H/f, W/f)
-    with processes.together(), lent(model.vae, model.device):
-        pixels = read_ahead(pixels_of, mine, workers=cfg.data.workers)
-        for key, picture in zip(mine, counted(pixels, len(mine), "caching latents", is_shown=is_shown), strict=True):
-            encoded[key] = torch.cat(model.encode_image(picture[None])).cpu()
-    for number, key in enumerate(shared):
-        (width, height), factor = ready.crops[key[0]].shape, model.latent_factor
-        moments = encoded.get(key, torch.empty(2, model.latent_channels, height // factor, width // factor))
-        encoded[key] = processes.share(moments, source=number % processes.count)
-    return {key: (moments[0], moments[1]) for key, moments in encoded.items()}
+def _posteriors(
+    cfg: TrainConfig, ready: Preparation, model: LatentDiffusion, processes: Processes, store: Store
+) -> Posteriors:
+    """Return the latents of all pictures of cached data sets that this process may need."""
+    wanted = {key: one for key, one in _wanted(ready).items() if ready.plan.reads(key[0], processes.index)}
+    is_shown = cfg.log.progress and processes.is_main
+    return cached_posteriors(model, wanted, store, processes, workers=cfg.data.workers, is_shown=is_shown)
 
 
-def _keys(ready: Preparation, record: int) -> list[tuple[int, bool]]:
-    """Return what is cached of a record: nothing if it is not used, and its mirror image where that is drawn."""
+def _wanted(ready: Preparation) -> dict[LatentKey, Wanted]:
+    """Return what is cached of the pictures: those that are used, and their mirror images where these are drawn."""
+    wanted = {}
+    for index in _used(ready):
+        record = ready.records[index]
+        if ready.cached[record.dataset]:
+            subset = ready.subsets[record.subset]
+            for is_mirrored in (False, True) if subset.augmentation.flip else (False,):
+                wanted[index, is_mirrored] = Wanted(record, ready.crops[index], subset, is_mirrored)
+    return wanted
+
+
+def _used(ready: Preparation) -> list[int]:
     plans = [ready.plan, *([ready.validation] if ready.validation else [])]
-    if not any(plan.repeats[record] for plan in plans):
-        return []
-    flips = ready.subsets[ready.records[record].subset].augmentation.flip
-    return [(record, False), (record, True)] if flips else [(record, False)]
+    return [index for index in range(len(ready.records)) if any(plan.repeats[index] for plan in plans)]
+
+
+def _lasting_captions(ready: Preparation) -> set[str]:
+    return lasting_captions((ready.records[index] for index in _used(ready)), ready.subsets)
+
+
+def _cache(cfg: TrainConfig, say: Say) -> Path | None:
+    """Return the cache folder; None if none is wanted, or it cannot be used."""
+    if not cfg.data.disk_cache:
+        return None
+    return open_cache(cfg.data.cache_dir or default_place(), say)
+
+
+def _teller(processes: Processes) -> Say:
+    """Return what tells a person of trouble with the cache: by process 0 alone, and the same thing once."""
+
+    @cache
+    def say(text: str) -> None:
+        if processes.is_main:
+            tqdm.write(text, file=sys.stderr)
+
+    return say
+
+
+def _makers(cfg: TrainConfig, ready: Preparation, device: torch.device) -> dict[Encoded, Maker]:
+    """Return what encodes pictures and captions: files, and options that decide the result."""
+    base, vae = (None if name is None else _place(name) for name in (cfg.model.base, cfg.model.vae))
+    assert base is not None
+    options = cfg.model.clip_skip, cfg.data.max_token_length, cfg.data.weighted_captions, cfg.training.attention
+    return {
+        "latents": Maker(vae or base, (device.type,)),
+        "text": Maker(base, (device.type, ready.precision, *options)),
+    }
+
+
+def _place(name: str) -> Path:
+    """Return where a model lies that may be given by its hub id."""
+    with open_checkpoint(name) as checkpoint:
+        return checkpoint.path
+
+
+def _cache_lines(cfg: TrainConfig, ready: Preparation, processes: Processes) -> list[str]:
+    """Say where the cache folder is, what of this run is in it, and how much will be added."""
+    if ready.cache is None:
+        return ["none: what is encoded stays in memory"]
+    facts = ready.facts
+    num_values = {
+        one.name: 2 * facts.latent_channels * math.prod(one.crop.shape) // facts.latent_factor**2
+        for one in _wanted(ready).values()
+    }
+    sizes: dict[Encoded, dict[str, int]] = {"latents": {name: 4 * number for name, number in num_values.items()}}
+    if not _trains_text_encoder(ready):
+        num_positions = cfg.data.max_token_length + 2
+        size = num_positions * facts.text_width * _DTYPES[ready.precision].itemsize
+        sizes["text"] = {caption_name(caption): size for caption in _lasting_captions(ready)}
+    makers = _makers(cfg, ready, processes.device)
+    found = {kind: count_cached(kind, ready.cache, makers[kind], own, ready.say) for kind, own in sizes.items()}
+    return [
+        str(ready.cache),
+        *(f"{_ENCODED_TITLES[kind]}: {_found_in_cache(own, found[kind])}" for kind, own in sizes.items() if own),
+    ]
+
+
+def _found_in_cache(sizes: Mapping[str, int], found: Collection[str] | None) -> str:
+    if found is None:
+        return f"not looked for yet, as the model's files are new to the cache; at most {in_words(sum(sizes.values()))}"
+    missing = sum(size for name, size in sizes.items() if name not in found)
+    return f"{len(found):,} of {len(sizes):,} are there" + (f", {in_words(missing)} to add" if missing else "")
+
+
+def _trains_text_encoder(ready: Preparation) -> bool:
+    return any(part_of(name) == "text_encoder" for name in ready.shapes)
 
 
 def _page(cfg: TrainConfig, ready: Preparation, processes: Processes) -> str:
@@ -1067,6 +1135,7 @@ def _page(cfg: TrainConfig, ready: Preparation, processes: Processes) -> str:
         "shapes": shape_lines(ready.records, ready.crops),
         "masks": mask_lines(ready.records, cfg.data.mask_background, by_area=cfg.data.mask_loss == "area"),
         "latents": [_latents_line(cfg, ready.datasets, ready.cached)],
+        "cache": _cache_lines(cfg, ready, processes),
         "steps": [
             f"{ready.total_steps} steps = {ready.total_steps / plan.steps_per_epoch:.4g} epochs of "
             f"{plan.num_samples_per_epoch} samples in {plan.steps_per_epoch} steps",
@@ -1121,7 +1190,7 @@ def _memory(cfg: TrainConfig, ready: Preparation, num_adapter_values: int, devic
         batch=max(ready.plan.batch_sizes),
         resolution=max((crop.shape for crop in ready.crops), key=math.prod),
         gradient_checkpointing=cfg.training.gradient_checkpointing,
-        trains_text_encoder=any(part_of(name) == "text_encoder" for name in ready.shapes),
+        trains_text_encoder=_trains_text_encoder(ready),
         num_adapter_values=num_adapter_values,
         attention=cfg.training.attention,
     )

@@ -9,25 +9,30 @@ import contextlib
 import difflib
 import hashlib
 import importlib
+import math
 import os
 import random
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import PIL
 import torch
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from lorasmith.cache_folder import Say, cannot_write
 from lorasmith.data.buckets import CropPlan, Size
 from lorasmith.data.faces import Face, FaceDraws, crop_around
 from lorasmith.data.records import ImageRecord, PictureData
 from lorasmith.errors import UserError
+from lorasmith.file_facts import FileFacts
 
 # All that Pillow decodes and knows by its first bytes, but for EPS and WMF, which other programs draw. TGA has no such
 # bytes and is tried last.
@@ -123,6 +128,16 @@ class _Probed:
     remarks: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class _Remembered:
+    facts: FileFacts
+    cache: Path
+    say: Say
+
+
+_FACTS: ContextVar[_Remembered | None] = ContextVar("_FACTS", default=None)
+
+
 def set_pixel_limit(megapixels: int) -> None:
     """Refuse pictures of more than so many million pixels from now on, in the whole process: Pillow has one limit."""
     Image.MAX_IMAGE_PIXELS = megapixels * 1_000_000 // 2  # Pillow warns from it on and refuses from its double on
@@ -185,8 +200,9 @@ def require_folder(folder: Path) -> None:
 
 def _visible_files(folder: Path) -> list[Path]:
     # A link to nothing is no file but must not vanish silently: it will be reported as unreadable.
-    files = (path for path in folder.iterdir() if not path.name.startswith(".") and not path.is_dir())
-    return sorted(files, key=lambda path: path.name)
+    with os.scandir(folder) as found:
+        names = sorted(one.name for one in found if not one.name.startswith(".") and not one.is_dir())
+    return [folder / name for name in names]
 
 
 def open_image(path: Path, *, alpha_color: str = "white") -> Image.Image:
@@ -266,9 +282,12 @@ def probe_all(
     Raises:
         UserError: some cannot be read and are not to be skipped, or none can; lists every one with its reason.
     """
+    results: dict[Path, _Probed | UnreadablePicture] = {**_known([path for path in paths if path not in data])}
+    unknown = [path for path in paths if path not in results]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        found = pool.map(_probe_or_error, paths, map(data.get, paths))
-        results = dict(zip(paths, found, strict=True))
+        results.update(zip(unknown, pool.map(_probe_or_error, unknown, map(data.get, unknown)), strict=True))
+    _remember({path: result for path in unknown if isinstance(result := results[path], _Probed)})
+    results = {path: results[path] for path in paths}
     errors = [result for result in results.values() if isinstance(result, UnreadablePicture)]
     readable = {path: result for path, result in results.items() if not isinstance(result, UnreadablePicture)}
     probed = {path: (result.size, result.content_hash) for path, result in readable.items()}
@@ -283,6 +302,45 @@ def probe_all(
         )
     reasons = "; ".join(map(str, errors))
     return probed, [*notes, f"left out because they cannot be read ({len(errors)} of {len(paths)}): {reasons}"]
+
+
+@contextlib.contextmanager
+def remembering(cache: Path | None, say: Say) -> Iterator[None]:
+    """Let `probe_all` in this block spare the pictures of which the cache keeps facts; None: there is no cache.
+
+    Args:
+        say: tells that the cache cannot be written to.
+    """
+    remembered = None if cache is None else _Remembered(FileFacts(cache / "facts", _made_with()), cache, say)
+    token = _FACTS.set(remembered)
+    try:
+        yield
+    finally:
+        _FACTS.reset(token)
+
+
+def _made_with() -> list[object]:
+    """Return what else facts of pictures depend on: programs that decode, and which facts there are."""
+    readable = [name for name in FORMATS if name in Image.OPEN]
+    return ["pictures 1", PIL.__version__, readable, [field.name for field in fields(_Probed)]]
+
+
+def _known(paths: Sequence[Path]) -> dict[Path, _Probed]:
+    """Return the facts of pictures that are known and did not change, if they are within the limit of today."""
+    if (remembered := _FACTS.get()) is None:
+        return {}
+    facts = remembered.facts.known(paths)
+    known = {path: _Probed(tuple(size), sha256, tuple(remarks)) for path, (size, sha256, remarks) in facts.items()}
+    return {path: one for path, one in known.items() if math.prod(one.size) <= 2 * (Image.MAX_IMAGE_PIXELS or 0)}
+
+
+def _remember(probed: Mapping[Path, _Probed]) -> None:
+    if (remembered := _FACTS.get()) is None:
+        return
+    try:
+        remembered.facts.remember({path: [one.size, one.content_hash, one.remarks] for path, one in probed.items()})
+    except (OSError, UserError) as error:
+        remembered.say(cannot_write(remembered.cache, error))
 
 
 def _remark_notes(remarks: Mapping[Path, Sequence[str]]) -> list[str]:

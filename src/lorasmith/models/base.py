@@ -5,6 +5,7 @@ Nothing here is about training, saving or options.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ class ModelFacts:
         architecture: as ModelSpec spells it, without `/lora`.
         num_values: weights of the `denoiser`, `text_encoder` and `vae`; a VAE that is not in the file counts 0.
         width: channels of the denoiser's finest level.
+        latent_factor: pixels on a latent's side.
     """
 
     family: str
@@ -39,6 +41,8 @@ class ModelFacts:
     width: int
     text_width: int
     num_text_layers: int
+    latent_channels: int
+    latent_factor: int
 
 
 class LatentDiffusion(nn.Module, ABC):
@@ -67,6 +71,14 @@ class LatentDiffusion(nn.Module, ABC):
     @abstractmethod
     def encode_image(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and std, each (B, C, H/f, W/f) fp32, of the latents of pixels (B, 3, H, W) in [-1, 1]."""
+
+    @abstractmethod
+    def image_encoding(self) -> dict[str, Any]:
+        """Return all that decides what `encode_image` gives, besides the VAE's weights; values that JSON can hold."""
+
+    @abstractmethod
+    def text_encoding(self) -> dict[str, Any]:
+        """Return all that decides what `encode_text` gives, besides the text encoder's weights; values for JSON."""
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 Widths are read from the tensors' shapes. What shapes cannot tell, heads and norm groups, is Stable Diffusion's own
 unless the file says otherwise: a diffusers folder in its config.json, a miniature's single file in the metadata value
-`lorasmith.architecture`.
+`lorasmith.architecture`. diffusers and transformers are imported when a model is built, which takes seconds, and not to
+describe a file.
 """
 
 import json
@@ -11,13 +12,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from lorasmith.checkpoint import Checkpoint, open_checkpoint
 from lorasmith.data.captions import weights
@@ -27,6 +25,11 @@ from lorasmith.models import tokenizer
 from lorasmith.models.base import Conditioning, LatentDiffusion, ModelFacts
 from lorasmith.models.keys import sd as keys
 from lorasmith.models.keys.sd import Family, Shape, Table
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from transformers import CLIPTextModel
 
 ARCHITECTURE_KEY = "lorasmith.architecture"
 LATENT_SCALE = 0.18215  # the latents' standard deviation is about 1 after it
@@ -56,9 +59,9 @@ class StableDiffusion(LatentDiffusion):
     def __init__(
         self,
         family: Family,
-        denoiser: UNet2DConditionModel,
-        text_encoder: CLIPTextModel,
-        vae: AutoencoderKL,
+        denoiser: "UNet2DConditionModel",
+        text_encoder: "CLIPTextModel",
+        vae: "AutoencoderKL",
         prediction: Prediction,
         clip_skip: int = 1,
         max_token_length: int = tokenizer.CHUNK,
@@ -94,6 +97,22 @@ class StableDiffusion(LatentDiffusion):
         """Return mean and std, each (B, 4, H/8, W/8) fp32, of the latents of pixels (B, 3, H, W) in [-1, 1]."""
         posterior = self.vae.encode(pixels.to(self._vae_device, self.vae.dtype)).latent_dist
         return posterior.mean.float() * LATENT_SCALE, posterior.std.float() * LATENT_SCALE
+
+    def image_encoding(self) -> dict[str, Any]:
+        """Return the VAE's structure, the latents' scale, and what is made of it."""
+        return {"vae": _settings(self.vae.config), "scale": LATENT_SCALE, "form": "mean and std of the posterior"}
+
+    def text_encoding(self) -> dict[str, Any]:
+        """Return the text encoder's structure, its tokenizer, and how captions are cut, read and weighted."""
+        return {
+            "text_encoder": _settings(self.text_encoder.config.to_dict()),
+            "attention": self.text_encoder.config._attn_implementation,
+            "tokenizer": tokenizer.vocabulary_hash(),
+            "pad": _PAD[self.family],
+            "clip_skip": self._clip_skip,
+            "chunks": self._num_chunks,
+            "weighted": self._is_weighted,
+        }
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -140,13 +159,22 @@ class StableDiffusion(LatentDiffusion):
         return ids, factors
 
 
+def _settings(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return a module's configuration without what a library notes there for itself."""
+    return {name: str(value) for name, value in config.items() if not name.startswith("_") and "version" not in name}
+
+
 def _words(caption: str, is_weighted: bool) -> list[list[tokenizer.Token]]:
     return tokenizer.words(weights(caption) if is_weighted else [(caption, 1.0)])
 
 
-def is_cut(caption: str, *, max_token_length: int, weighted_captions: bool) -> bool:
-    """Return whether words of the caption find no place in that many tokens."""
-    return not tokenizer.chunks(_words(caption, weighted_captions), max_token_length // tokenizer.CHUNK)[1]
+def cut_captions(captions: Collection[str], *, max_token_length: int, weighted_captions: bool) -> set[str]:
+    """Return those captions of which words find no place in that many tokens."""
+    num_chunks = max_token_length // tokenizer.CHUNK
+    if not weighted_captions:  # what fits into one chunk needs no closer look
+        counts = zip(captions, tokenizer.count(captions), strict=True)
+        captions = [caption for caption, number in counts if number > tokenizer.CHUNK]
+    return {caption for caption in captions if not tokenizer.chunks(_words(caption, weighted_captions), num_chunks)[1]}
 
 
 # --- what a checkpoint is ---------------------------------------------------------------------------------------------
@@ -226,6 +254,8 @@ def describe(checkpoint: Checkpoint, *, v2: bool | None, prediction: str | None,
         width=parts["denoiser"]["conv_in.weight"][0],
         text_width=parts["text_encoder"][_TOKEN_EMBEDDING][1],
         num_text_layers=keys.NUM_TEXT_LAYERS[family],
+        latent_channels=StableDiffusion.latent_channels,
+        latent_factor=StableDiffusion.latent_factor,
     )
 
 
@@ -534,6 +564,8 @@ def _make_unet(layout: _Layout, loader: _Loader) -> nn.Module:
     heads = loader.details.unet_heads
     if heads is None:  # SD1: 8 heads of any width; SD2: any number, 64 wide
         heads = 8 if layout.family == "sd1" else tuple(max(1, width // 64) for width in widths)
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
     build: Any = UNet2DConditionModel
     with torch.device("meta"):
         return build(
@@ -553,6 +585,8 @@ def _make_unet(layout: _Layout, loader: _Loader) -> nn.Module:
 
 
 def _make_text_encoder(layout: _Layout, loader: _Loader) -> nn.Module:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
     num_tokens, width = loader.shape(layout.text, _TOKEN_EMBEDDING)
     build: Any = CLIPTextConfig
     config = build(
@@ -576,6 +610,8 @@ def _load_vae(loader: _Loader, table: Table) -> Any:
         loader.shape(table, f"encoder.down_blocks.{level}.resnets.0.conv1.weight")[0]
         for level in range(keys.NUM_LEVELS)
     )
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
     build: Any = AutoencoderKL
     with torch.device("meta"):
         empty = build(

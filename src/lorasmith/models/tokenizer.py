@@ -1,7 +1,8 @@
 """CLIP's tokenizer, built from the byte-pair table that comes with the package: nothing is downloaded."""
 
 import gzip
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,18 @@ def build() -> CLIPTokenizer:
     tokenizer = make(vocab={token: number for number, token in enumerate(tokens)}, merges=merges)
     assert len(tokenizer) == NUM_TOKENS, f"{len(tokenizer)} tokens"  # it falls back to 2 without an error
     return tokenizer
+
+
+@lru_cache(maxsize=1)
+def vocabulary_hash() -> str:
+    """Return the SHA-256 of the byte-pair table."""
+    return hashlib.sha256(_VOCAB.read_bytes()).hexdigest()
+
+
+def count(texts: Collection[str]) -> list[int]:
+    """Return how many tokens each text has, without start and end."""
+    backend: Any = build().backend_tokenizer
+    return [len(found.ids) for found in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
 def words(pieces: Sequence[tuple[str, float]]) -> list[list[Token]]:

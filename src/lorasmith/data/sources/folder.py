@@ -268,7 +268,8 @@ def _num_pictures(folder: Path) -> int:
 
 
 def _subfolders(folder: Path) -> list[Path]:
-    return sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: path.name)
+    with os.scandir(folder) as found:
+        return [folder / name for name in sorted(one.name for one in found if one.is_dir())]
 
 
 def _count(things: Sized, name: str = "picture") -> str:
