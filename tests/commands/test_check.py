@@ -598,3 +598,13 @@ def test_mistakes_about_captions_in_one_file(
     monkeypatch.chdir(tmp_path)
     assert cli.main(["check", "photos", *words]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_pictures_that_would_be_left_out_are_looked_at_too(check: Check, tmp_path: Path) -> None:
+    write_good(tmp_path / "photos" / DOG, range(2), None)
+    put(tmp_path / "photos" / "broken.jpg", half(encoded(drawing(5), "JPEG")))
+    put(tmp_path / "photos" / "copy.png", next((tmp_path / "photos" / DOG).glob("*.png")).read_bytes())
+    put(tmp_path / "photos" / "sound.png", encoded(drawing(6), "PNG"))
+    places = {place["path"]: place["detail"] for place in check(tmp_path / "photos").of("unused-picture")["places"]}
+    assert "cannot be read: damaged or cut off" in places["broken.jpg"]
+    assert f"the same file as {DOG}/" in places["copy.png"] and places["sound.png"] == ""

@@ -9,7 +9,7 @@ writes a repaired copy into a new folder.
 import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path, PurePath
@@ -144,8 +144,9 @@ def examine(
     foreign = [path for place in places for path in foreign_pictures_in(place)]
     if not (used or unused or foreign):
         raise UserError(nothing_found(folder))
-    looked_at = dict(zip(used, _in_threads(_inspect, list(used), "reading"), strict=True))
-    looks = {path: look for path, look in looked_at.items() if isinstance(look, inspection.Look)}
+    everything = [*used, *unused]
+    looked_at = dict(zip(everything, _in_threads(_inspect, everything, "reading"), strict=True))
+    looks = {path: look for path, look in looked_at.items() if isinstance(look, inspection.Look) and path in used}
     pictures: list[Picture] = []
     stray_captions: dict[Path, Path] = {}
     office_files: dict[Path, Path] = {}
@@ -158,9 +159,27 @@ def examine(
     groups = list(dict.fromkeys(picture.group for picture in pictures))
     alike = _alike(pictures, looks)
     return (
-        Facts(folder, groups, pictures, captions, accepted, foreign, unused, stray_captions, office_files, alike),
+        Facts(
+            folder, groups, pictures, captions, accepted, foreign, unused, stray_captions, office_files, alike,
+            unused_details=_details_of_unused(folder, unused, looked_at),
+        ),
         looks,
-    )
+    )  # fmt: skip
+
+
+def _details_of_unused(
+    folder: Path, unused: Sequence[Path], looked_at: Mapping[Path, inspection.Look | UnreadablePicture]
+) -> dict[Path, str]:
+    """Return what is wrong with pictures besides that they are not used: broken, or copies of one met before."""
+    details: dict[Path, str] = {}
+    first: dict[str, Path] = {}
+    left = set(unused)
+    for path, look in looked_at.items():
+        if isinstance(look, UnreadablePicture):
+            details[path] = f"cannot be read: {look.reason}"
+        elif (earlier := first.setdefault(look.content_hash, path)) != path:
+            details[path] = f"the same file as {earlier.relative_to(folder).as_posix()}"
+    return {path: detail for path, detail in details.items() if path in left}
 
 
 def examine_metadata(folder: Path, metadata: Path, default_caption: str | None) -> tuple[Facts, Looks]:

@@ -81,11 +81,11 @@ class Picture:
 class Facts:
     """All that is known of a folder.
 
-    foreign: pictures of kinds that are not read. unused: pictures where training does not look. stray_captions: picture
-    -> a file that was probably meant as its caption. office_files: the same, but no plain text.
-    alike: picture -> an earlier one that looks the same but is another file. has_masks: masks are asked for.
-    unused_masks: without a picture. doubtful_masks: see `mask_files.Matches`. metadata: the file with all captions,
-    which are in no files beside the pictures then.
+    foreign: pictures of kinds that are not read. unused: pictures where training does not look; unused_details: what is
+    wrong with some of them besides. stray_captions: picture -> a file that was probably meant as its caption.
+    office_files: the same, but no plain text. alike: picture -> an earlier one that looks the same but is another file.
+    has_masks: masks are asked for. unused_masks: without a picture. doubtful_masks: see `mask_files.Matches`. metadata:
+    the file with all captions, which are in no files beside the pictures then.
     """
 
     folder: Path
@@ -102,6 +102,7 @@ class Facts:
     unused_masks: Sequence[Path] = ()
     doubtful_masks: Mapping[Path, Sequence[Path]] = field(default_factory=dict)
     metadata: Path | None = None
+    unused_details: Mapping[Path, str] = field(default_factory=dict)
 
     @property
     def readable(self) -> list[Picture]:
@@ -242,7 +243,7 @@ def unused_pictures(facts: Facts, wishes: Wishes) -> Iterable[Finding]:
         "unused-picture",
         "{pictures} would be left out: " + why,
         advice,
-        [Place(path) for path in facts.unused],
+        [Place(path, facts.unused_details.get(path, "")) for path in facts.unused],
     )
 
 
