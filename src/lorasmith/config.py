@@ -940,6 +940,38 @@ class CacheConfig(Section):
         return self
 
 
+class ResizeConfig(Section):
+    """Give a LoRA a lower rank, by what counts most in each layer."""
+
+    lora: Place | None = Field(default=None, description="LoRA file to read.", json_schema_extra={"positional": "LORA"})
+    output: Place | None = Field(default=None, description="LoRA file to write, .safetensors, .pt or .ckpt.")
+    rank: PositiveInt | None = Field(default=None, description="Rank of every layer that has a higher one.")
+    dynamic: Literal["energy", "ratio", "frobenius"] | None = Field(
+        default=None,
+        description="Give each layer a rank of its own, by value: the share of the squared norm or of the norm "
+        "(frobenius) that it keeps, or how many times smaller than the largest singular value the kept ones may be.",
+    )
+    value: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="For dynamic: a share up to 1 such as 0.99, or for ratio a number from 1 such as 20."
+    )
+    save_precision: Literal["float", "fp16", "bf16"] | None = Field(
+        default=None, description="Precision of the saved LoRA; left out, that of the one that is read."
+    )
+    overwrite: bool = Field(default=False, description="Replace an existing output.")
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "ResizeConfig":
+        if self.rank is not None and self.dynamic is not None:
+            raise ValueError("rank and dynamic both say which rank layers get; leave out one")
+        if (self.dynamic is None) != (self.value is None):
+            raise ValueError("dynamic and value belong together, such as --dynamic energy --value 0.99; give both")
+        if self.dynamic == "ratio" and self.value is not None and self.value < 1:
+            raise ValueError(f"value is {self.value:g}, but for ratio it is a number from 1 on, such as 20")
+        if self.dynamic in ("energy", "frobenius") and self.value is not None and self.value > 1:
+            raise ValueError(f"value is {self.value:g}, but for {self.dynamic} it is a share up to 1, such as 0.99")
+        return self
+
+
 COMMANDS: dict[str, type[Section]] = {
     "train": TrainConfig,
     "demo": DemoConfig,
@@ -948,6 +980,7 @@ COMMANDS: dict[str, type[Section]] = {
     "caption": CaptionConfig,
     "tag": TagConfig,
     "cache": CacheConfig,
+    "resize": ResizeConfig,
 }
 
 

@@ -70,14 +70,12 @@ class Progress:
         print(f"step {self._done}/{self._total}  {shown}  {rate:.2f} steps/s  {left} left", flush=True)
 
 
-def counted(items: Iterable[Item], total: int, title: str, *, is_shown: bool) -> Iterable[Item]:
-    """Return the items, one a picture, counted by a bar on a terminal and told of by one line elsewhere."""
+def counted(items: Iterable[Item], total: int, title: str, *, is_shown: bool, unit: str = "picture") -> Iterable[Item]:
+    """Return the items, each a `unit`, counted by a bar on a terminal and told of by one line elsewhere."""
     is_terminal = sys.stderr.isatty()
     if is_shown and not is_terminal:
         print(f"{title}: {total} to do", flush=True)
-    return tqdm(
-        items, desc=title, total=total, unit="picture", dynamic_ncols=True, disable=not (is_shown and is_terminal)
-    )
+    return tqdm(items, desc=title, total=total, unit=unit, dynamic_ncols=True, disable=not (is_shown and is_terminal))
 
 
 def memory_name(device: torch.device) -> str:
