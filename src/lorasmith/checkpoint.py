@@ -34,6 +34,7 @@ _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 class _Reader(Protocol):
     """One file: what it holds and how a tensor of it is read."""
 
+    path: Path
     metadata: dict[str, str]
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -87,6 +88,18 @@ class Checkpoint:
         reader, own = self._places[name]
         return reader.tensor(own)
 
+    def files(self) -> dict[Path, dict[str, str]]:
+        """Return which file holds what: path -> the name in the file -> the name here."""
+        found: dict[Path, dict[str, str]] = {}
+        for name, (reader, own) in self._places.items():
+            found.setdefault(reader.path, {})[own] = name
+        return found
+
+    def archive_entry(self, name: str) -> tuple[str, TensorDescription] | None:
+        """Return which entry of a torch archive holds a tensor, and how; None: the file is no such archive."""
+        reader, own = self._places[name]
+        return reader.entry(own) if isinstance(reader, _TorchZip) else None
+
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a model or LoRA: a file, told by its content, a diffusers folder, or a hub id (`organisation/name`).
@@ -130,6 +143,7 @@ def _open_file(path: Path, stack: ExitStack) -> tuple[str, _Reader]:
 class _SafeTensors:
     def __init__(self, path: Path, size: int, stack: ExitStack) -> None:
         header = read_header(path, size)
+        self.path = path
         self.metadata = dict(header.pop("__metadata__", {}))
         self.shapes = {name: (tuple(info["shape"]), SAFE_DTYPES[info["dtype"]]) for name, info in header.items()}
         try:
@@ -182,6 +196,7 @@ class _Torch:
     """What both torch layouts share: descriptions by name; a storage is read when a tensor of it is."""
 
     def __init__(self, path: Path, content: Any) -> None:
+        self.path = path
         self.metadata: dict[str, str] = {}
         self._descriptions = _tensors_in(content)
         if not self._descriptions:
@@ -210,14 +225,21 @@ class _TorchZip(_Torch):
                 content = _unpickle(file, path)
         except zipfile.BadZipFile as error:
             raise UserError(f"{path} is truncated or damaged ({error}); download or copy it again.") from error
-        self._path = path
         super().__init__(path, content)
+
+    def entry(self, name: str) -> tuple[str, TensorDescription]:
+        """Return the archive's entry that holds a tensor, and which part of it the tensor is."""
+        description = self._descriptions[name]
+        return self._entry_of(description.storage), description
+
+    def _entry_of(self, key: StorageKey) -> str:
+        return f"{self._folder}/data/{key.key}".lstrip("/")
 
     def _storage(self, key: StorageKey) -> Tensor:
         try:
-            data = bytearray(self._zip.read(f"{self._folder}/data/{key.key}".lstrip("/")))
+            data = bytearray(self._zip.read(self._entry_of(key)))
         except (KeyError, zipfile.BadZipFile) as error:
-            raise UserError(f"{self._path} is truncated or damaged ({error}); download or copy it again.") from error
+            raise UserError(f"{self.path} is truncated or damaged ({error}); download or copy it again.") from error
         return torch.frombuffer(data, dtype=key.dtype) if data else torch.empty(0, dtype=key.dtype)
 
 

@@ -37,7 +37,7 @@ _OUTSIDE = {
 }
 _METAVARS = {
     "integer": "N", "number": "X", "text": "TEXT", "path": "PATH", "list": "TEXT", "size": "W,H", "range": "A,B",
-    "color": "COLOR",
+    "color": "COLOR", "numbers": "X",
 }  # fmt: skip
 
 
@@ -170,7 +170,7 @@ def _add(group: Any, option: Option) -> None:
         group.add_argument(*_spellings(option, "no_"), dest=dest, action="store_false", help=argparse.SUPPRESS)
         return
     metavar = f"{{{','.join(option.choices)}}}" if option.choices else option.positional or _METAVARS[option.kind]
-    nargs = "*" if option.kind == "list" else None
+    nargs = "*" if option.kind in ("list", "numbers") else None
     group.add_argument(*_spellings(option), dest=dest, metavar=metavar, nargs=nargs, help=text)
 
 

@@ -126,6 +126,7 @@ FileName = Annotated[str, AfterValidator(_check_name)]
 Color = Annotated[str, AfterValidator(_check_color), Field(json_schema_extra={"format": "color"})]
 TokenLength = Annotated[int, AfterValidator(_check_token_length)]
 Separator = Annotated[str, AfterValidator(_check_separator)]
+Numbers = Annotated[list[float], Field(json_schema_extra={"format": "numbers"})]
 Rate = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -972,6 +973,59 @@ class ResizeConfig(Section):
         return self
 
 
+class MergeConfig(Section):
+    """Merge LoRAs into a base model, or with each other."""
+
+    model: PlaceOrHubId | None = Field(
+        default=None,
+        description="Base model to merge into: a .safetensors or .ckpt file, a diffusers folder, or a hub id.",
+    )
+    lora: list[Place] = Field(default=[], description="LoRA files, merged in this order.")
+    ratio: Numbers = Field(
+        default=[], description="How strongly each LoRA is added, one number for each, below 0 too; left out: 1."
+    )
+    unet_ratio: Numbers = Field(default=[], description="The same for the U-Net alone, in place of ratio.")
+    text_encoder_ratio: Numbers = Field(
+        default=[], description="The same for the text encoder alone, in place of ratio."
+    )
+    block_weights: list[str] = Field(
+        default=[],
+        description="For each LoRA 12, 17, 25 or 26 numbers with commas between them, which multiply the ratio of each "
+        "block (docs/merge.md says which is which).",
+    )
+    output: Place | None = Field(
+        default=None, description="File or folder to write; a file's ending, .safetensors or .ckpt, says its form."
+    )
+    precision: Literal["float", "fp16", "bf16"] = Field(
+        default="float", description="Precision in which weights and changes are added."
+    )
+    save_precision: Literal["float", "fp16", "bf16"] | None = Field(
+        default=None, description="Precision of the changed tensors in the file; left out, each keeps its own."
+    )
+    overwrite: bool = Field(default=False, description="Replace what is at output.")
+    verify: bool = Field(
+        default=False,
+        description="Afterwards compare the merged model's results with those of the base with the LoRAs attached.",
+    )
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "MergeConfig":
+        for name in ("ratio", "unet_ratio", "text_encoder_ratio", "block_weights"):
+            count = len(getattr(self, name))
+            if count not in (0, len(self.lora)):
+                raise ValueError(
+                    f"{name} is given {_counted(count, 'time')} for {_counted(len(self.lora), 'LoRA')}; "
+                    "give one for each, in the same order"
+                )
+        if self.ratio and self.unet_ratio and self.text_encoder_ratio:
+            raise ValueError("ratio is not used where unet_ratio and text_encoder_ratio are both given; leave it out")
+        return self
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 COMMANDS: dict[str, type[Section]] = {
     "train": TrainConfig,
     "demo": DemoConfig,
@@ -980,6 +1034,7 @@ COMMANDS: dict[str, type[Section]] = {
     "caption": CaptionConfig,
     "tag": TagConfig,
     "cache": CacheConfig,
+    "merge": MergeConfig,
     "resize": ResizeConfig,
 }
 
@@ -997,6 +1052,7 @@ EXPECTED = {
     "text": "a text",
     "path": "a path",
     "list": "a list of texts",
+    "numbers": "one or more numbers, such as 0.8 -0.5",
     "size": "one side or width,height in pixels, such as 512 or 448,640",
     "range": "two numbers above 0, the smaller first, such as 2,4",
     "color": "white, black, gray, red, green, blue, yellow or one like #ff8000",
@@ -1009,7 +1065,7 @@ class Option:
 
     section: str  # "" for an option of the command itself
     name: str
-    kind: str  # boolean, integer, number, text, path, size, list, choice
+    kind: str  # boolean, integer, number, numbers, text, path, size, list, choice
     expected: str  # in words: "a whole number above 0"
     choices: tuple[str, ...]
     default: Any

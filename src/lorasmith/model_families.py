@@ -1,7 +1,7 @@
 """Which model family a checkpoint is of, told by the names and shapes in its header, and what goes on from there.
 
-A family is a file in `lorasmith/models` with the functions `matches`, `describe`, `target_shapes`, `cut_captions` and
-`load`, as `models/sd.py` has them.
+A family is a file in `lorasmith/models` with the functions `matches`, `describe`, `target_shapes`, `adapter_places`,
+`block_weights`, `cut_captions` and `load`, as `models/sd.py` has them.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -12,9 +12,18 @@ import torch
 from lorasmith import plugins
 from lorasmith.checkpoint import Checkpoint
 from lorasmith.errors import UserError
-from lorasmith.models.base import LatentDiffusion, ModelFacts
+from lorasmith.models.base import AdapterPlace, LatentDiffusion, ModelFacts
 
-__all__ = ["ModelFacts", "cut_captions", "describe", "load", "target_shapes"]
+__all__ = [
+    "AdapterPlace",
+    "ModelFacts",
+    "adapter_places",
+    "block_weights",
+    "cut_captions",
+    "describe",
+    "load",
+    "target_shapes",
+]
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -43,6 +52,24 @@ def target_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
         UserError: not a base model of a supported family, or an incomplete one.
     """
     return _find(checkpoint).target_shapes(checkpoint)
+
+
+def adapter_places(checkpoint: Checkpoint) -> tuple[str, dict[str, AdapterPlace], list[str]]:
+    """Return the family's name, where the layers that a LoRA may go on are in the file, by saved name, and notes.
+
+    Raises:
+        UserError: not a base model of a supported family, or an incomplete one.
+    """
+    return _find(checkpoint).adapter_places(checkpoint)
+
+
+def block_weights(checkpoint: Checkpoint, numbers: list[float]) -> dict[str, float]:
+    """Return the weight of every block of the model from a list of them as UIs know it.
+
+    Raises:
+        ValueError: for this family no list in use has so many numbers.
+    """
+    return _find(checkpoint).block_weights(numbers)
 
 
 def cut_captions(

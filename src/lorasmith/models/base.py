@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.diffusion import Discrete, Prediction
+from lorasmith.models.keys.sd import Source
 
 Conditioning = dict[str, Tensor]  # what encode_text made for forward, batch first; opaque to everyone else
 
@@ -43,6 +44,20 @@ class ModelFacts:
     num_text_layers: int
     latent_channels: int
     latent_factor: int
+
+
+@dataclass(frozen=True)
+class AdapterPlace:
+    """Where in a checkpoint the weight of a layer is that a LoRA may go on.
+
+    Args:
+        shape: of the layer's weight.
+        block: what people who weight blocks call the layer's.
+    """
+
+    source: Source
+    shape: tuple[int, ...]
+    block: str
 
 
 class LatentDiffusion(nn.Module, ABC):

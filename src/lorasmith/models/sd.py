@@ -22,8 +22,9 @@ from lorasmith.data.captions import weights
 from lorasmith.diffusion import Prediction, stable_diffusion_schedule
 from lorasmith.errors import UserError
 from lorasmith.models import tokenizer
-from lorasmith.models.base import Conditioning, LatentDiffusion, ModelFacts
+from lorasmith.models.base import AdapterPlace, Conditioning, LatentDiffusion, ModelFacts
 from lorasmith.models.keys import sd as keys
+from lorasmith.models.keys import sd_blocks
 from lorasmith.models.keys.sd import Family, Shape, Table
 
 if TYPE_CHECKING:
@@ -277,6 +278,37 @@ def target_shapes(checkpoint: Checkpoint) -> dict[str, Shape]:
         _check_complete(checkpoint.path, part, missing=[w for w in wanted.values() if w not in modules])
         found |= {name: modules[weight] for name, weight in wanted.items()}
     return found
+
+
+def adapter_places(checkpoint: Checkpoint) -> tuple[str, dict[str, AdapterPlace], list[str]]:
+    """Return the family, where the layers that a LoRA may go on are in the file, by saved name, and notes for the user.
+
+    Raises:
+        UserError: some of the layers are not in the file.
+    """
+    shapes_of_file, shapes = _shapes(checkpoint), target_shapes(checkpoint)
+    layout = _require_layout(shapes_of_file)
+    original = keys.ldm_unet()
+    places: dict[str, AdapterPlace] = {}
+    for name, module in keys.unet_targets().items():
+        weight = f"{module}.weight"
+        block = sd_blocks.block_of(original[weight].name)
+        places[name] = AdapterPlace(layout.unet[weight], shapes[name], block)
+    for name, module in keys.text_targets(layout.family).items():
+        places[name] = AdapterPlace(layout.text[f"{module}.weight"], shapes[name], sd_blocks.BASE)
+    is_average_used = layout.unet[_CONTEXT].name.startswith(keys.EMA)
+    has_both = not is_average_used and any(name.startswith(keys.EMA) for name in shapes_of_file)
+    notes = ["the moving average (EMA) that the model holds beside its weights is left as it is."] if has_both else []
+    return layout.family, places, notes
+
+
+def block_weights(numbers: list[float]) -> dict[str, float]:
+    """Return the weight of every block from a list as UIs know them.
+
+    Raises:
+        ValueError: no list in use has so many numbers.
+    """
+    return sd_blocks.weights_of(numbers)
 
 
 def load(

@@ -1,0 +1,152 @@
+"""`lorasmith merge`: LoRAs into the weights of a base model.
+
+    lorasmith merge --model base.safetensors --lora a.safetensors b.safetensors --ratio 0.8 0.5 --output out.safetensors
+
+All is checked before anything is written, and the result takes its place when it is whole.
+"""
+
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from lorasmith import merging, model_families
+from lorasmith.cache_folder import in_words
+from lorasmith.checkpoint import Checkpoint, open_checkpoint
+from lorasmith.config import MergeConfig
+from lorasmith.errors import UserError
+from lorasmith.merging import Addition, Strength
+from lorasmith.model_families import AdapterPlace
+from lorasmith.rewriting import check_output, rewrite, size_of
+
+_NUM_SHOWN = 5
+
+
+def run(cfg: MergeConfig) -> int:
+    """Merge; return the exit code: 0, or 1 when --verify finds that the results differ."""
+    if not cfg.lora:
+        raise UserError("missing: --lora, the LoRA files to merge. For example: --lora style.safetensors --ratio 0.8")
+    if cfg.model is None:
+        raise UserError("missing: --model, the base model to merge into. For example: --model base.safetensors")
+    if cfg.output is None:
+        raise UserError("missing: --output, the file or folder to write. For example: --output merged.safetensors")
+    return _merge_into_model(cfg, cfg.model, cfg.output)
+
+
+def _merge_into_model(cfg: MergeConfig, model: str, output: Path) -> int:
+    with open_checkpoint(model) as checkpoint:
+        _check_place(cfg, checkpoint, output)
+        family, places, notes = model_families.adapter_places(checkpoint)
+        if cfg.verify:
+            _check_can_be_verified(checkpoint)
+        strengths = zip(cfg.lora, _strengths(cfg, checkpoint), strict=True)
+        additions = [merging.plan(path, family, places, strength) for path, strength in strengths]
+        types = merging.dtypes(checkpoint, places, additions, cfg.save_precision)
+        _check_space(output, size_of(checkpoint, types))
+        for addition in additions:
+            print(_told(addition))
+        change = merging.changing(places, additions, types, cfg.precision)
+        notes += rewrite(checkpoint, output, types, change)
+        for note in notes:
+            print(f"note: {note}")
+        print(f"{output}: {len(types)} of {len(checkpoint.names())} tensors changed, all others are as they were")
+        return _verify(checkpoint, output, places, additions, types) if cfg.verify else 0
+
+
+def _strengths(cfg: MergeConfig, checkpoint: Checkpoint) -> list[Strength]:
+    ones = [1.0] * len(cfg.lora)
+    ratios = cfg.ratio or ones
+    unet, text_encoder = cfg.unet_ratio or ratios, cfg.text_encoder_ratio or ratios
+    blocks = [_block_weights(text, checkpoint) for text in cfg.block_weights] or [None] * len(cfg.lora)
+    return [Strength(*values) for values in zip(unet, text_encoder, blocks, strict=True)]
+
+
+def _block_weights(text: str, checkpoint: Checkpoint) -> dict[str, float]:
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"--block-weights {text}: expected numbers with commas between them, as in 1,0.5,0.") from error
+    if not all(map(math.isfinite, numbers)):
+        raise UserError(f"--block-weights {text}: NaN and infinity are no weights.")
+    try:
+        return model_families.block_weights(checkpoint, numbers)
+    except ValueError as error:
+        raise UserError(f"--block-weights {text}: {error}.") from error
+
+
+def _check_place(cfg: MergeConfig, checkpoint: Checkpoint, output: Path) -> None:
+    """Refuse an output of the wrong kind, and one that would replace something that is still wanted."""
+    check_output(checkpoint, output)
+    target = output.resolve()
+    for path in (checkpoint.path, *cfg.lora):
+        given = path.resolve()
+        if given == target or given in target.parents or target in given.parents:
+            raise UserError(f"--output {output} would replace or lie in {path}, which is read; give another name.")
+    if not output.exists():
+        return
+    if not cfg.overwrite:
+        raise UserError(f"--output {output} exists already; give another name, or --overwrite to replace it.")
+    if output.is_dir() != (checkpoint.format == "diffusers"):
+        kind = "a folder" if output.is_dir() else "a file"
+        raise UserError(f"--output {output} is {kind}, and would be replaced by something else; give another name.")
+    if output.is_dir() and any(output.iterdir()) and not (output / "model_index.json").is_file():
+        raise UserError(f"--output {output} is a folder that holds no diffusers model; give another name.")
+
+
+def _check_space(output: Path, needed: int) -> None:
+    folder = next(parent for parent in output.absolute().parents if parent.exists())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"--output {output}: the merged model needs {in_words(needed)}, and {in_words(free)} are free there; "
+            "make room, or write elsewhere. Nothing was written."
+        )
+
+
+def _check_can_be_verified(checkpoint: Checkpoint) -> None:
+    try:
+        model_families.describe(checkpoint)
+    except UserError as error:
+        raise UserError(
+            f"--verify runs the model, which cannot be done here: {error} Or leave --verify out."
+        ) from error
+
+
+def _told(addition: Addition) -> str:
+    counts = f"{len(addition.factors)} layers applied, {len(addition.ignored)} ignored, {len(addition.unknown)} unknown"
+    lines = [f"{addition.path}: {counts}"]
+    if addition.ignored:
+        lines.append(f"  ignored, for their factor is 0: {_shorten(addition.ignored)}")
+    if addition.unknown:
+        lines.append(f"  unknown, for the model has no such layers: {_shorten(addition.unknown)}")
+    return "\n".join(lines)
+
+
+def _verify(
+    checkpoint: Checkpoint,
+    output: Path,
+    places: Mapping[str, AdapterPlace],
+    additions: Sequence[Addition],
+    types: Mapping[str, torch.dtype],
+) -> int:
+    with open_checkpoint(output) as merged:
+        found = merging.verify(checkpoint, merged, places, additions, types)
+    for one in found:
+        print(
+            f"verify: {one.name}: merged and attached differ by {one.merged:.2e} (at most {one.tolerance:g} is "
+            f"allowed); the LoRA changes it by {one.lora:.2e}"
+        )
+    if all(one.is_same for one in found):
+        return 0
+    print(
+        "verify: the results differ by more than rounding explains. Where the LoRA changes little, rounding to the "
+        "file's precision may hide it: try --save-precision float."
+    )
+    return 1
+
+
+def _shorten(names: Sequence[str]) -> str:
+    rest = len(names) - _NUM_SHOWN
+    return ", ".join(names[:_NUM_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
