@@ -56,3 +56,9 @@ def test_chunks_hold_the_words_in_order_and_cut_none_that_fits(texts: list[str],
     for chunk in filled:
         used += len(chunk)
         assert used in ends | {0} or len(next(w for w, end in zip(words, sorted(ends), strict=True) if end > used)) > 75
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.text(st.sampled_from("aé1 ,'’s\u00a0\u0301\t\n\x1c|<>日🦊"), max_size=30) | st.text(), max_size=5))
+def test_counted_are_the_tokens_that_the_model_is_given(texts: list[str]) -> None:
+    assert tokenizer.count(texts) == [sum(map(len, tokenizer.words([(text, 1.0)]))) for text in texts]

@@ -9,6 +9,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import groupby
 
 Draws = Callable[[str], random.Random]  # what is drawn -> a generator made new for it
@@ -174,6 +175,7 @@ def _is_dropped(options: CaptionOptions, draws: Draws, epoch: int) -> bool:
     return options.dropout > 0 and draws("dropout").random() < options.dropout
 
 
+@lru_cache(maxsize=64)  # a memory only: the captions of a subset share their options
 def settled(options: CaptionOptions) -> CaptionOptions:
     """Return the options without those that move parts or leave something out; variants are still chosen."""
     return replace(options, shuffle=False, dropout=0.0, dropout_every_epochs=0, tag_dropout=0.0, token_warmup_steps=0)

@@ -13,7 +13,7 @@ import math
 import os
 import random
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import dataclass, fields
@@ -151,8 +151,7 @@ def extensions() -> set[str]:
 
 def pictures_in(folder: Path) -> list[Path]:
     """Return the files directly in a folder that are pictures by their extension, sorted by name; hidden ones not."""
-    wanted = extensions()
-    return [path for path in _visible_files(folder) if path.suffix.lower() in wanted]
+    return _visible_files(folder, extensions())
 
 
 def folders_within(folder: Path) -> list[Path]:
@@ -166,8 +165,7 @@ def folders_within(folder: Path) -> list[Path]:
 
 def foreign_pictures_in(folder: Path) -> list[Path]:
     """Return the files directly in a folder that are pictures of kinds which are not read, such as HEIC."""
-    wanted = _FOREIGN - extensions()
-    return [path for path in _visible_files(folder) if path.suffix.lower() in wanted]
+    return _visible_files(folder, _FOREIGN - extensions())
 
 
 def advice_for_foreign(pictures: Sequence[Path]) -> str:
@@ -198,11 +196,12 @@ def require_folder(folder: Path) -> None:
         raise UserError(f"the folder {folder} cannot be listed ({error.strerror}); check its permissions.") from error
 
 
-def _visible_files(folder: Path) -> list[Path]:
+def _visible_files(folder: Path, wanted: Collection[str]) -> list[Path]:
+    """Return a folder's files of these extensions, sorted by name; a folder may hold many others."""
     # A link to nothing is no file but must not vanish silently: it will be reported as unreadable.
     with os.scandir(folder) as found:
-        names = sorted(one.name for one in found if not one.name.startswith(".") and not one.is_dir())
-    return [folder / name for name in names]
+        names = [one.name for one in found if not one.name.startswith(".") and not one.is_dir()]
+    return [folder / name for name in sorted(names) if os.path.splitext(name)[1].lower() in wanted]
 
 
 def open_image(path: Path, *, alpha_color: str = "white") -> Image.Image:
