@@ -941,6 +941,29 @@ class CacheConfig(Section):
         return self
 
 
+class ExtractConfig(Section):
+    """Make a LoRA of what was changed in a model, compared with the model that it was made from."""
+
+    tuned: PlaceOrHubId | None = Field(default=None, description="The changed model: a file or a diffusers folder.")
+    base: PlaceOrHubId | None = Field(default=None, description="The model that it was made from.")
+    output: Place | None = Field(default=None, description="LoRA file to write, .safetensors, .pt or .ckpt.")
+    rank: PositiveInt | None = Field(default=None, description="Rank of every layer.")
+    quality: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None, description="Give each layer the rank that keeps this share of its change's energy, such as 0.99."
+    )
+    max_rank: PositiveInt | None = Field(default=None, description="No layer gets a higher rank than this for quality.")
+    save_precision: Literal["float", "fp16", "bf16"] = Field(default="fp16", description="Precision of the saved LoRA.")
+    overwrite: bool = Field(default=False, description="Replace an existing output.")
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "ExtractConfig":
+        if self.rank is not None and self.quality is not None:
+            raise ValueError("rank and quality both say which rank layers get; leave out one")
+        if self.max_rank is not None and self.quality is None:
+            raise ValueError("max_rank limits what quality asks for; add --quality, or give --rank alone")
+        return self
+
+
 class ResizeConfig(Section):
     """Give a LoRA a lower rank, by what counts most in each layer."""
 
@@ -1035,6 +1058,7 @@ COMMANDS: dict[str, type[Section]] = {
     "tag": TagConfig,
     "cache": CacheConfig,
     "merge": MergeConfig,
+    "extract": ExtractConfig,
     "resize": ResizeConfig,
 }
 
