@@ -206,6 +206,21 @@ def test_a_new_folder_becomes_a_cache_and_one_with_other_things_is_refused(tmp_p
     assert len(told) == 2 and all("going on in memory" in text for text in told)
 
 
+def test_a_cache_that_another_process_makes_at_the_same_moment_is_not_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = os.listdir
+
+    def listdir(path: Path) -> list[str]:
+        monkeypatch.setattr(os, "listdir", listed)
+        assert open_cache(path, print) == path
+        filled(path, 0)
+        return os.listdir(path)
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    assert open_cache(tmp_path / "cache", print) == tmp_path / "cache"
+
+
 @pytest.mark.parametrize(
     ("platform", "name", "environment", "expected"),
     [

@@ -78,8 +78,8 @@ def open_cache(path: Path, say: Say) -> Path | None:
 
 
 def _refuse_strangers(path: Path) -> None:
-    strangers = sorted(set(os.listdir(path)) - {_MARKER})  # another process may have made it just now
-    if strangers:
+    strangers = sorted(os.listdir(path))
+    if strangers and not is_cache(path):  # another process may have made it just now
         raise UserError(
             f"{path} is to be the cache folder, but holds other things ({', '.join(strangers[:3])}); "
             f"give a new or empty folder (--cache-dir or {_ENVIRONMENT})."
