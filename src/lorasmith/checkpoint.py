@@ -6,11 +6,15 @@ import difflib
 import errno
 import hashlib
 import json
+import math
+import operator
 import os
 import shutil
 import struct
 import tempfile
 import zipfile
+import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -28,6 +32,7 @@ _MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
 _MAGIC_NUMBER = 0x1950A86A20F9469CFC6C  # starts a legacy torch file
 _PARTS = ("unet", "vae", "text_encoder")
 _NESTED = ("state_dict", "model", "module")
+_DAMAGED = (ValueError, KeyError, RuntimeError, OverflowError, EOFError, struct.error, zlib.error)
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -84,9 +89,20 @@ class Checkpoint:
         return reader.shapes[own][1]
 
     def tensor(self, name: str) -> Tensor:
-        """Read one tensor onto the CPU."""
+        """Read one tensor onto the CPU.
+
+        Raises:
+            UserError: the file is damaged there.
+        """
         reader, own = self._places[name]
-        return reader.tensor(own)
+        try:
+            return reader.tensor(own)
+        except UserError:
+            raise
+        except _DAMAGED as error:
+            raise UserError(
+                f"{self.path} is truncated or damaged ({name}: {error}); download or copy it again."
+            ) from error
 
     def files(self) -> dict[Path, dict[str, str]]:
         """Return which file holds what: path -> the name in the file -> the name here."""
@@ -176,12 +192,15 @@ def read_header(path: Path, size: int) -> dict[str, Any]:
             raise UserError(f"{path} is no whole .safetensors file (header of {length}, file of {size} bytes): {again}")
         text = file.read(length)
     try:
-        header = json.loads(text)
-        ends = [info["data_offsets"][1] for name, info in header.items() if name != "__metadata__"]
-        dtypes = {info["dtype"] for name, info in header.items() if name != "__metadata__"}
+        header = json.loads(text, object_pairs_hook=_without_doubles)
         metadata = header.get("__metadata__", {})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: its header cannot be read: {again}") from error
+        entries = [info for name, info in header.items() if name != "__metadata__"]
+        ends = [operator.index(info["data_offsets"][1]) for info in entries]
+        dtypes = {info["dtype"] for info in entries}
+        if any(operator.index(side) < 0 for info in entries for side in info["shape"]):
+            raise ValueError("a shape with a side below 0")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: its header cannot be read ({error}): {again}") from error
     expected = 8 + length + max(ends, default=0)
     if size != expected:
         raise UserError(f"{path} has {size} bytes, but {expected} are announced in its header: {again}")
@@ -190,6 +209,13 @@ def read_header(path: Path, size: int) -> dict[str, Any]:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise UserError(f"{path}: the metadata in its header are not all text: {again}")
     return header
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; one of two entries of one name would be lost."""
+    if double := next((name for name, count in Counter(name for name, _ in pairs).items() if count > 1), None):
+        raise ValueError(f"two entries are called {double}")
+    return dict(pairs)
 
 
 class _Torch:
@@ -205,7 +231,9 @@ class _Torch:
 
     def tensor(self, name: str) -> Tensor:
         description = self._descriptions[name]
-        storage = self._storage(description.storage)
+        storage, count = self._storage(description.storage), math.prod(description.shape)
+        if count > storage.numel():  # as no tensor that was saved; it may be larger than the memory
+            raise ValueError(f"{count:,} numbers are announced, {storage.numel():,} are there")
         return torch.as_strided(storage, description.shape, description.stride, description.offset).clone()
 
     def _storage(self, key: StorageKey) -> Tensor:
@@ -223,7 +251,9 @@ class _TorchZip(_Torch):
             self._folder = pickles[0].rpartition("/")[0]
             with self._zip.open(pickles[0]) as file:
                 content = _unpickle(file, path)
-        except zipfile.BadZipFile as error:
+        except UserError:
+            raise
+        except (zipfile.BadZipFile, *_DAMAGED) as error:
             raise UserError(f"{path} is truncated or damaged ({error}); download or copy it again.") from error
         super().__init__(path, content)
 
@@ -259,11 +289,11 @@ class _TorchLegacy(_Torch):
         dtypes = {d.storage.key: d.storage.dtype for d in self._descriptions.values()}
         self._offsets: dict[str, int] = {}
         end = path.stat().st_size
-        for key in map(str, keys):
+        for key in map(str, keys if isinstance(keys, list) else []):
             count = struct.unpack("<q", self._file.read(8).ljust(8, b"\0"))[0]
             self._offsets[key] = self._file.tell()
-            self._file.seek(count * dtypes.get(key, torch.float32).itemsize, os.SEEK_CUR)
-            if self._file.tell() > end:
+            self._file.seek(max(0, count) * dtypes.get(key, torch.float32).itemsize, os.SEEK_CUR)
+            if count < 0 or self._file.tell() > end:
                 raise UserError(f"{path} is truncated; download or copy it again.")
 
     def _storage(self, key: StorageKey) -> Tensor:
@@ -281,7 +311,9 @@ def _unpickle(file: IO[bytes], path: Path) -> Any:
 
 
 def _tensors_in(content: Any) -> dict[str, TensorDescription]:
-    """Return the named tensors of a checkpoint, out of `state_dict` and the like."""
+    """Return the named tensors of a checkpoint, out of `state_dict` and the like; those of a list by their number."""
+    if isinstance(content, list) and all(isinstance(value, TensorDescription) for value in content):
+        return {str(number): value for number, value in enumerate(content)}
     if not isinstance(content, dict):
         return {}
     for name in _NESTED:

@@ -1049,6 +1049,24 @@ def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
+class ConvertConfig(Section):
+    """Write a LoRA as another program has it, or mend its names."""
+
+    lora: Place | None = Field(
+        default=None,
+        description="LoRA to convert: a file of any program, or a folder of PEFT's.",
+        json_schema_extra={"positional": "LORA"},
+    )
+    to: Literal["kohya", "diffusers", "peft", "cloneofsimo", "d8ahazard", "ldm"] = Field(
+        default="kohya", description="Whose form to write; kohya is what UIs read, and mends names too."
+    )
+    output: Place | None = Field(default=None, description="File to write; for peft, a folder.")
+    save_precision: Literal["float", "fp16", "bf16"] | None = Field(
+        default=None, description="Precision of the output; left out, that of the input."
+    )
+    overwrite: bool = Field(default=False, description="Replace the output if it exists.")
+
+
 COMMANDS: dict[str, type[Section]] = {
     "train": TrainConfig,
     "demo": DemoConfig,
@@ -1060,6 +1078,7 @@ COMMANDS: dict[str, type[Section]] = {
     "merge": MergeConfig,
     "extract": ExtractConfig,
     "resize": ResizeConfig,
+    "convert": ConvertConfig,
 }
 
 

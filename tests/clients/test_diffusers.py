@@ -43,6 +43,16 @@ def make_text_encoder(family: str) -> Any:
     return CLIPTextModel(config).eval().requires_grad_(False)
 
 
+def make_pipeline(family: str) -> Any:
+    """diffusers' pipeline of both."""
+    make: Any = StableDiffusionPipeline
+    return make(
+        unet=make_unet(family), text_encoder=make_text_encoder(family), vae=None, tokenizer=None,
+        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1), safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+
+
 def saved_name(part: str, path: str) -> str:
     """Spell a module's path as sd-scripts does, whether or not transformers still has `text_model` in it."""
     path = path if part == "unet" else f"text_model.{path.removeprefix('text_model.')}"
@@ -83,12 +93,7 @@ def file(ours: Network, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def theirs(family: str, file: Path) -> Any:
     """diffusers' pipeline with our file loaded."""
-    make_pipeline: Any = StableDiffusionPipeline
-    pipeline = make_pipeline(
-        unet=make_unet(family), text_encoder=make_text_encoder(family), vae=None, tokenizer=None,
-        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1), safety_checker=None, feature_extractor=None,
-        requires_safety_checker=False,
-    )  # fmt: skip
+    pipeline = make_pipeline(family)
     pipeline.load_lora_weights(file, adapter_name="ours")
     return pipeline
 

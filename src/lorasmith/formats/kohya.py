@@ -76,7 +76,7 @@ def read(path: Path) -> LoraFile:
     with open_checkpoint(path) as checkpoint:
         names = checkpoint.names()
         _refuse_foreign(path, names)
-        tensors = {_mend(name): checkpoint.tensor(name).clone() for name in names}
+        tensors = {mend(name): checkpoint.tensor(name).clone() for name in names}
         metadata = dict(checkpoint.metadata)
     _refuse_wide(path, tensors)
     if len(tensors) < len(names):
@@ -104,10 +104,13 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
         return
     assert path.suffix == ".safetensors", f"{path} should end in .safetensors, .pt or .ckpt"
     fitted = fit(metadata)
-    # sd-scripts hashes the file as it would be with its ss_* metadata alone
-    serialized = safetensors.torch.save(ready, {k: v for k, v in fitted.items() if k.startswith("ss_")})
-    hashes = {"sshs_model_hash": model_hash(serialized), "sshs_legacy_hash": legacy_hash(serialized)}
-    write_safetensors(path, ready, {**fitted, **hashes})
+    write_safetensors(path, ready, {**fitted, **hashes(ready, fitted)})
+
+
+def hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return the `sshs_*` metadata: sd-scripts hashes the file as it would be with its ss_* metadata alone."""
+    serialized = safetensors.torch.save(dict(tensors), {k: v for k, v in metadata.items() if k.startswith("ss_")})
+    return {"sshs_model_hash": model_hash(serialized), "sshs_legacy_hash": legacy_hash(serialized)}
 
 
 def check(path: Path, tensors: Mapping[str, Tensor], *, precision: str = "fp16") -> dict[str, float]:
@@ -174,7 +177,8 @@ def _input_width(down: Tensor) -> int:
     return down.shape[1] if down.dim() > 1 else 0
 
 
-def _mend(key: str) -> str:
+def mend(key: str) -> str:
+    """Return a text-encoder name of SD1 or SD2 as sd-scripts spells it."""
     for pattern, replacement in _MENDED_NAMES:
         key = pattern.sub(replacement, key)
     return key

@@ -344,3 +344,55 @@ def text_targets(family: Family) -> dict[str, str]:
     """Return saved name -> module for the 72 (SD1) or 138 (SD2) layers of the text encoder that a LoRA goes on."""
     modules = [f"encoder.layers.{n}.{layer}" for n in range(NUM_TEXT_LAYERS[family]) for layer in _CLIP_LAYER]
     return {"lora_te_text_model_" + name.replace(".", "_"): name for name in modules}
+
+
+def adapter_modules() -> dict[str, str]:
+    """Return saved name -> module, as diffusers spells it with its component, for all that a file may change.
+
+    These are the targets of a LoRA, and the convolutions, norms and embeddings that LyCORIS goes on too.
+    """
+    layers = [f"encoder.layers.{n}.{part}" for n in range(NUM_OPENCLIP_LAYERS) for part in (*_CLIP_LAYER, *_CLIP_NORMS)]
+    text = [*layers, "final_layer_norm", *(name.removesuffix(".weight") for name in _EMBEDDINGS)]
+    return {
+        **{"lora_unet_" + name.replace(".", "_"): f"unet.{name}" for name in _UNET_MODULES},
+        **{"lora_te_text_model_" + name.replace(".", "_"): f"text_encoder.text_model.{name}" for name in text},
+    }
+
+
+def ldm_adapter_names() -> dict[str, str]:
+    """Return the U-Net's saved names as made of LDM's names -> as made of diffusers'."""
+    return {
+        "lora_unet_" + theirs.replace(".", "_"): "lora_unet_" + ours.replace(".", "_")
+        for ours, theirs in _UNET_MODULES.items()
+    }
+
+
+def first_lora_layers(*, is_old_order: bool) -> list[str]:
+    """Return the saved names of the 144 U-Net layers of the first LoRA programs (cloneofsimo's), in their order.
+
+    Args:
+        is_old_order: the feed-forward layer stands between both attentions, as in diffusers of 2022.
+    """
+    first, second = _ATTENTION[:4], _ATTENTION[4:]
+    middle = _FEED_FORWARD[:1]
+    layers = [*first, *middle, *second] if is_old_order else [*first, *second, *middle]
+    blocks = [module.removesuffix(".proj_in") for module in _UNET_MODULES if module.endswith(".proj_in")]
+    modules = sorted(blocks, key=_first_lora_order)
+    return [
+        f"lora_unet_{module}.transformer_blocks.0.{layer}".replace(".", "_") for module in modules for layer in layers
+    ]
+
+
+def _first_lora_order(module: str) -> tuple[int, list[int]]:
+    """Order transformers as diffusers registers them: down, up, and the middle last."""
+    kind = ["down_blocks", "up_blocks", "mid_block"].index(module.partition(".")[0])
+    return kind, [int(word) for word in module.split(".") if word.isdigit()]
+
+
+def first_lora_text_layers(family: Family) -> list[str]:
+    """Return the saved names of the text encoder's attention layers, in the order of its modules: k, v, q, out."""
+    return [
+        f"lora_te_text_model_encoder_layers_{n}_self_attn_{layer}_proj"
+        for n in range(NUM_TEXT_LAYERS[family])
+        for layer in ("k", "v", "q", "out")
+    ]
