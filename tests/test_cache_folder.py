@@ -275,7 +275,7 @@ def test_what_is_old_goes_and_then_the_longest_unused_until_the_size_fits(
     young = [one for one in unwanted if older_than is None or 100 - one.last_used <= older_than]
     if young:  # each went for the size alone, and none that is left was used earlier
         assert max_size is not None
-        newest = max(young, key=lambda one: one.last_used)
+        newest = sorted(young, key=lambda one: one.last_used)[-1]  # of those of one moment the last one
         assert sum(one.size for one in left) + newest.size > max_size or newest.size == 0
         assert all(one.last_used >= newest.last_used for one in left)
 

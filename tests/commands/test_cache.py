@@ -65,6 +65,17 @@ def test_ls_tells_of_each_part(cache: Path, capsys: pytest.CaptureFixture[str]) 
     assert any("latents" in line and " 3 entries" in line and "3.0 MB" in line and "a.ckpt" in line for line in lines)
 
 
+def test_what_cannot_be_read_is_listed_as_such_and_can_be_pruned(
+    cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (segment,) = (cache / "text").rglob("*.safetensors")
+    segment.write_bytes(b"nothing")
+    assert main(["cache", "ls", "--cache-dir", str(cache), "--kind", "text"]) == 0
+    assert " 0 entries" in (told := capsys.readouterr().out) and "damaged, or of another version" in told
+    assert main(["cache", "prune", "--all", "--cache-dir", str(cache), "--kind", "text"]) == 0
+    assert not segment.exists()
+
+
 @pytest.mark.parametrize(
     ("options", "left"),
     [

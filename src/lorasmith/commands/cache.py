@@ -64,7 +64,9 @@ def _parts(place: Path, files: Sequence[CachedFile]) -> list[dict[str, Any]]:
 def _page(place: Path, parts: Sequence[dict[str, Any]]) -> str:
     lines = [f"cache folder {place}: {in_words(sum(part['bytes'] for part in parts))}"]
     for part in parts:
-        name = f"made by {', '.join(part['models'])}" if part["models"] else "of pictures and models"
+        name = "of pictures and models" if part["kind"] == "facts" else "damaged, or of another version"
+        if part["models"]:
+            name = f"made by {', '.join(part['models'])}"
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(part["last_used"]))
         lines.append(
             f"  {part['kind']:<8}{part['entries']:>10,} entries  {in_words(part['bytes']):>9}  last used {when}  "
