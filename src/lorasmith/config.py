@@ -1026,6 +1026,11 @@ class MergeConfig(Section):
         default=None, description="Precision of the changed tensors in the file; left out, each keeps its own."
     )
     overwrite: bool = Field(default=False, description="Replace what is at output.")
+    method: Literal["concat", "svd"] = Field(
+        default="concat",
+        description="Without a model, what becomes of the sum: exact, at the sum of the ranks, or cut to rank.",
+    )
+    rank: PositiveInt | None = Field(default=None, description="For svd: the highest rank that a layer gets.")
     verify: bool = Field(
         default=False,
         description="Afterwards compare the merged model's results with those of the base with the LoRAs attached.",
@@ -1033,6 +1038,16 @@ class MergeConfig(Section):
 
     @model_validator(mode="after")
     def _check_together(self) -> "MergeConfig":
+        if (self.method == "svd") != (self.rank is not None):
+            raise ValueError("method svd and rank belong together, such as --method svd --rank 32; give both")
+        if self.model is not None and self.method != "concat":
+            raise ValueError(
+                "method and rank are for merging LoRAs with each other; leave them out, or leave out model"
+            )
+        if self.model is None and (
+            given := [n for n in ("block_weights", "precision", "verify") if _is_changed(self, n)]
+        ):
+            raise ValueError(f"{' and '.join(given)} can only be used with a base model; give --model, or leave it out")
         for name in ("ratio", "unet_ratio", "text_encoder_ratio", "block_weights"):
             count = len(getattr(self, name))
             if count not in (0, len(self.lora)):

@@ -414,7 +414,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
 
 
 MISTAKES = {
-    "no model": (["--lora", "{lora}", "--output", "{out}"], "missing: --model"),
+    "no model to verify": (["--lora", "{lora}", "--output", "{out}", "--verify"], "give --model"),
     "no lora": (["--model", "{model}", "--output", "{out}"], "missing: --lora"),
     "no output": (["--model", "{model}", "--lora", "{lora}"], "missing: --output"),
     "too many ratios": (["--ratio", "1", "2"], "ratio is given 2 times for 1 LoRA"),

@@ -1,24 +1,29 @@
-"""`lorasmith merge`: LoRAs into the weights of a base model.
+"""`lorasmith merge`: LoRAs into the weights of a base model, or with each other.
 
     lorasmith merge --model base.safetensors --lora a.safetensors b.safetensors --ratio 0.8 0.5 --output out.safetensors
+    lorasmith merge --lora a.safetensors b.safetensors --ratio 0.8 0.5 --output both.safetensors
 
 All is checked before anything is written, and the result takes its place when it is whole.
 """
 
 import math
 import shutil
+import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from lorasmith import merging, model_families
+from lorasmith import lora_files, lora_merging, merging, model_families
 from lorasmith.cache_folder import in_words
 from lorasmith.checkpoint import Checkpoint, open_checkpoint
 from lorasmith.config import MergeConfig
 from lorasmith.errors import UserError
+from lorasmith.formats import kohya
 from lorasmith.merging import Addition, Strength
 from lorasmith.model_families import AdapterPlace
+from lorasmith.network import part_of
 from lorasmith.rewriting import check_output, rewrite, size_of
 
 _NUM_SHOWN = 5
@@ -28,11 +33,28 @@ def run(cfg: MergeConfig) -> int:
     """Merge; return the exit code: 0, or 1 when --verify finds that the results differ."""
     if not cfg.lora:
         raise UserError("missing: --lora, the LoRA files to merge. For example: --lora style.safetensors --ratio 0.8")
-    if cfg.model is None:
-        raise UserError("missing: --model, the base model to merge into. For example: --model base.safetensors")
     if cfg.output is None:
         raise UserError("missing: --output, the file or folder to write. For example: --output merged.safetensors")
+    if cfg.model is None:
+        return _merge_loras(cfg, cfg.output)
     return _merge_into_model(cfg, cfg.model, cfg.output)
+
+
+def _merge_loras(cfg: MergeConfig, output: Path) -> int:
+    """Merge the LoRAs with each other."""
+    lora_files.check_output(output, cfg.lora, overwrite=cfg.overwrite)
+    files = [kohya.read(path) for path in cfg.lora]
+    ratios = [{"unet": unet, "text_encoder": text} for unet, text in zip(*_ratios(cfg), strict=True)]
+    print("no --model is given: the LoRAs are merged with each other")
+    for file, own in zip(files, ratios, strict=True):
+        layers = Counter(part_of(name) for name in lora_files.layers_of(file))
+        print(f"{file.path}: {', '.join(f'{count} layers of the {p} x {own[p]:g}' for p, count in layers.items())}")
+    merged = lora_merging.merge(files, ratios, rank=cfg.rank)
+    print("\n".join(lora_files.report(merged.kept)))
+    metadata = lora_merging.metadata(files, ratios, merged.layers, title=output.stem, time=time.time())
+    precision = cfg.save_precision or lora_files.widest_precision(t for file in files for t in file.tensors.values())
+    print(lora_files.save(output, merged.layers, metadata, precision))
+    return 0
 
 
 def _merge_into_model(cfg: MergeConfig, model: str, output: Path) -> int:
@@ -56,11 +78,14 @@ def _merge_into_model(cfg: MergeConfig, model: str, output: Path) -> int:
 
 
 def _strengths(cfg: MergeConfig, checkpoint: Checkpoint) -> list[Strength]:
-    ones = [1.0] * len(cfg.lora)
-    ratios = cfg.ratio or ones
-    unet, text_encoder = cfg.unet_ratio or ratios, cfg.text_encoder_ratio or ratios
     blocks = [_block_weights(text, checkpoint) for text in cfg.block_weights] or [None] * len(cfg.lora)
-    return [Strength(*values) for values in zip(unet, text_encoder, blocks, strict=True)]
+    return [Strength(*values) for values in zip(*_ratios(cfg), blocks, strict=True)]
+
+
+def _ratios(cfg: MergeConfig) -> tuple[list[float], list[float]]:
+    """Return the ratios of the U-Net and of the text encoder, one for each LoRA."""
+    ratios = cfg.ratio or [1.0] * len(cfg.lora)
+    return cfg.unet_ratio or ratios, cfg.text_encoder_ratio or ratios
 
 
 def _block_weights(text: str, checkpoint: Checkpoint) -> dict[str, float]:

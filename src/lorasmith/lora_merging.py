@@ -1,0 +1,143 @@
+"""Merging LoRAs without a base model: the sum of ratio * alpha / rank * up @ down over the files, layer by layer.
+
+The products are added, never the factors (as kohya-ss/sd-scripts' merge_lora.py does, where a ratio r acts as r^2 and
+the factors of different files meet each other): so a ratio means what it says, also a negative one, and files of any
+rank and alpha can be merged. A layer that a file does not have is not changed by it, which counts as zero.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+from lorasmith.adapters.lora import product_norm
+from lorasmith.errors import UserError
+from lorasmith.formats.kohya import LoraFile
+from lorasmith.lora_files import Kept, Layer, dim_metadata, layers_of
+from lorasmith.lowrank import Factors, concatenate, decompose_product
+from lorasmith.network import part_of
+from lorasmith.progress import counted
+
+Ratios = Mapping[str, float]  # by the model's part: `unet` and `text_encoder`
+
+MERGED_KEY = "lorasmith.merged"
+_TITLES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x"}
+_VERSIONS = {"sd1": {"ss_v2": "False", "ss_base_model_version": "sd_v1"}, "sd2": {"ss_v2": "True"}}
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The layers of the sum by saved name, and what of each was kept."""
+
+    layers: dict[str, Layer]
+    kept: dict[str, Kept]
+
+
+def merge(files: Sequence[LoraFile], ratios: Sequence[Ratios], *, rank: int | None = None) -> Merged:
+    """Return the sum of the files, each times its ratios.
+
+    Args:
+        rank: cut each layer to this rank, to the nearest there is; None: the exact sum, whose rank is the sum of ranks.
+
+    Raises:
+        UserError: the files are for different model families, a layer has different shapes in them, or a file's ratios
+            leave nothing of it.
+    """
+    _check_families(files)
+    sources = [_scaled_layers(file, own) for file, own in zip(files, ratios, strict=True)]
+    shapes = _common_shapes(files, sources)
+    layers: dict[str, Layer] = {}
+    kept: dict[str, Kept] = {}
+    for name in counted(sorted(shapes), len(shapes), "merging layers", unit="layer", is_shown=True):
+        parts = [source[name].factors for source in sources if name in source]
+        factors, kept[name] = _sum(parts, rank)
+        layers[name] = Layer(shapes[name], factors, float(factors.rank))
+    return Merged(layers, kept)
+
+
+def _scaled_layers(file: LoraFile, ratios: Ratios) -> dict[str, Layer]:
+    """Return the layers of a file that its ratios leave, with ratio * alpha / rank in their factors."""
+    layers = {
+        name: Layer(layer.shape, layer.factors.scaled(ratio * layer.scale), float(layer.factors.rank))
+        for name, layer in layers_of(file).items()
+        if (ratio := ratios[part_of(name)])
+    }
+    if not layers:
+        raise UserError(f"{file.path} would add nothing: its ratio is 0. Give another ratio, or leave the file out.")
+    return layers
+
+
+def _sum(parts: Sequence[Factors], rank: int | None) -> tuple[Factors, Kept]:
+    whole = concatenate(parts)
+    if rank is None:
+        total = product_norm(whole.down, whole.up).item() ** 2
+        return whole, Kept(whole.rank, total, total)
+    found = decompose_product(whole)
+    factors = found.cut(rank)
+    return factors, Kept(factors.rank, found.energy(rank), found.energy())
+
+
+def _check_families(files: Sequence[LoraFile]) -> None:
+    known = {file.family: file for file in files if file.family != "unknown"}
+    if len(known) > 1:
+        named = " and ".join(f"{file.path} is for {_TITLES[family]}" for family, file in sorted(known.items()))
+        raise UserError(
+            f"{named}: these have text encoders of different width (768 and 1024) and depth, so that a change of one "
+            "fits no layer of the other. Merge LoRAs of one family."
+        )
+
+
+def _common_shapes(files: Sequence[LoraFile], sources: Sequence[Mapping[str, Layer]]) -> dict[str, tuple[int, ...]]:
+    """Return each layer's shape: a 1x1 convolution may be stored with 2 or 4 dimensions, and gets 4."""
+    found: dict[str, tuple[int, ...]] = {}
+    owners: dict[str, Path] = {}
+    for file, source in zip(files, sources, strict=True):
+        for name, layer in source.items():
+            other = found.setdefault(name, layer.shape)
+            owner = owners.setdefault(name, file.path)
+            longer, shorter = sorted((layer.shape, other), key=len, reverse=True)
+            if longer != shorter + (1,) * (len(longer) - len(shorter)):
+                raise UserError(
+                    f"{name} has weights of {_show(other)} in {owner} but of {_show(layer.shape)} in {file.path}: they "
+                    "were trained on models of different structure and cannot be added. Merge LoRAs of one family."
+                )
+            found[name] = longer
+    return found
+
+
+def _show(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def metadata(
+    files: Sequence[LoraFile], ratios: Sequence[Ratios], layers: Mapping[str, Layer], *, title: str, time: float
+) -> dict[str, str]:
+    """Return what the merged file says of itself: `ss_*` and `modelspec.*` on which all files agree, and their origin.
+
+    Args:
+        time: when it was made, unix seconds.
+    """
+    first, *others = [file.metadata for file in files]
+    agreed = {
+        key: value
+        for key, value in first.items()
+        if key.startswith(("ss_", "modelspec.")) and all(other.get(key) == value for other in others)
+    }
+    families = {file.family for file in files} - {"unknown"}
+    version = _VERSIONS[families.pop()] if families else {}
+    origin = [
+        {"file": file.path.name, "ratios": dict(own), "sshs_model_hash": file.metadata.get("sshs_model_hash")}
+        for file, own in zip(files, ratios, strict=True)
+    ]
+    date = datetime.fromtimestamp(int(time), timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
+    return {
+        **version,
+        **agreed,
+        **dim_metadata(layers.values()),
+        "ss_output_name": title,
+        "modelspec.title": title,
+        "modelspec.date": date,
+        "modelspec.merged_from": ", ".join(file.metadata.get("modelspec.title", file.path.stem) for file in files),
+        MERGED_KEY: json.dumps(origin, ensure_ascii=False),
+    }
