@@ -48,6 +48,9 @@ class Decomposition:
 
 def decompose(matrix: Tensor) -> Decomposition:
     """Return the decomposition of a matrix (out, in), in its own precision."""
+    if matrix.shape[0] < matrix.shape[1]:  # LAPACK takes several times as long for a wide matrix as for its transpose
+        turned = decompose(matrix.T)
+        return Decomposition(turned.right.T, turned.values, turned.left.T)
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     return Decomposition(left, values, right)
 
