@@ -18,7 +18,9 @@ RANK = 3
 
 def targets(family: str, unet: torch.nn.Module, text: torch.nn.Module) -> dict[str, Tensor]:
     """Return the weights that a LoRA goes on."""
-    found = {name: unet.get_parameter(f"{module}.weight") for name, module in keys.unet_targets().items()}
+    found: dict[str, Tensor] = {
+        name: unet.get_parameter(f"{module}.weight") for name, module in keys.unet_targets().items()
+    }
     names = keys.text_targets(family)  # type: ignore[arg-type]
     return found | {name: text.get_parameter(f"{module}.weight") for name, module in names.items()}
 

@@ -78,8 +78,8 @@ def test_a_ratio_keeps_what_is_not_so_much_smaller(lora: Path) -> None:
 def test_the_energy_that_is_told_is_that_of_the_file(lora: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before, after = deltas_of(read_lora(lora)[0]), deltas_of(resize(lora, "--rank", "2")[0])
     rows = {words[0]: words for line in capsys.readouterr().out.splitlines() if len(words := line.split()) == 5}
-    share = sum(d.square().sum() for d in after.values()) / sum(d.square().sum() for d in before.values())
-    assert float(rows["all"][3].rstrip("%")) == pytest.approx(100 * share.item(), abs=1e-3)
+    whole, kept = (sum(delta.square().sum().item() for delta in deltas.values()) for deltas in (before, after))
+    assert float(rows["all"][3].rstrip("%")) == pytest.approx(100 * kept / whole, abs=1e-3)
     assert rows["up_blocks_1"][1:3] == ["1", "2"] and rows["text_encoder"][1] == "1"
     lost = (before[CONV] - after[CONV]).norm() / before[CONV].norm()
     assert float(rows["up_blocks_1"][4].rstrip("%")) == pytest.approx(100 * lost.item(), abs=1e-2)
