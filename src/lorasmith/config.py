@@ -1082,6 +1082,23 @@ class ConvertConfig(Section):
     overwrite: bool = Field(default=False, description="Replace the output if it exists.")
 
 
+class InspectConfig(Section):
+    """Tell what is in a LoRA or a checkpoint, and which programs will load it."""
+
+    file: Place | None = Field(
+        default=None,
+        description="LoRA, checkpoint, or folder of one, to look into.",
+        json_schema_extra={"positional": "FILE"},
+    )
+    json_file: str | None = Field(
+        default=None, alias="json", description="Write all that was found to this JSON file, or to the screen with `-`."
+    )
+    picture: Place | None = Field(
+        default=None, description="Draw how much each block was changed into this file, .png or .svg."
+    )
+    overwrite: bool = Field(default=False, description="Replace the JSON file and the picture if they exist.")
+
+
 COMMANDS: dict[str, type[Section]] = {
     "train": TrainConfig,
     "demo": DemoConfig,
@@ -1094,6 +1111,7 @@ COMMANDS: dict[str, type[Section]] = {
     "extract": ExtractConfig,
     "resize": ResizeConfig,
     "convert": ConvertConfig,
+    "inspect": InspectConfig,
 }
 
 

@@ -72,6 +72,15 @@ def block_weights(checkpoint: Checkpoint, numbers: list[float]) -> dict[str, flo
     return _find(checkpoint).block_weights(numbers)
 
 
+def gaps(checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
+    """Return the weights that a complete model of the family has beside these, and the tensors that are not its own.
+
+    Raises:
+        UserError: not a base model of a supported family.
+    """
+    return _find(checkpoint).gaps(checkpoint)
+
+
 def cut_captions(
     checkpoint: Checkpoint, captions: Iterable[str], *, max_token_length: int, weighted_captions: bool
 ) -> set[str]:

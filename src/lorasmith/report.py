@@ -54,7 +54,7 @@ def write_report(folder: Path, contents: ReportContents) -> Path:
     """Write the report into `folder` and return its page, `index.html`."""
     folder.mkdir(parents=True, exist_ok=True)
     _draw_losses(folder / "loss.png", contents.losses, contents.validation)
-    _draw_norms(folder / "norms.png", norms_by_block(contents.norms))
+    draw_norms(folder / "norms.png", norms_by_block(contents.norms))
     if contents.after:
         rows = [("before", contents.before)] if contents.before else []
         sheet(contents.prompts, [*rows, ("after", contents.after)]).save(folder / "samples.png")
@@ -112,7 +112,8 @@ def _draw_losses(path: Path, losses: Sequence[tuple[int, float]], validation: Se
     figure.savefig(path)
 
 
-def _draw_norms(path: Path, blocks: Mapping[str, float]) -> None:
+def draw_norms(path: Path, blocks: Mapping[str, float]) -> None:
+    """Draw a bar for each block's norm into a picture."""
     figure, axes = _figure(9, 3.2)
     colors = ["#b9772f" if block.startswith("text") else "#2f6f6f" for block in blocks]
     axes.bar(range(len(blocks)), list(blocks.values()), color=colors)

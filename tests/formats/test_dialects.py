@@ -262,7 +262,8 @@ def test_what_is_wrong_is_told(tmp_path: Path, name: str) -> None:
 
 WORDS = ["lora", "unet", "te", "te1", "text_encoder", "base_model", "model", "lycoris", "down_blocks", "0", "attn1",
          "to_q", "processor", "weight", "lora_A", "lora_B", "lora_down", "lora_up", "alpha", "diff", "up", "down",
-         "default", "hada_w1_a", "<s1>", "bundle_emb", "encoder", "layers", "12", "double_blocks", "ünï", "99999999"]  # fmt: skip
+         "default", "hada_w1_a", "<s1>", "bundle_emb", "encoder", "layers", "12", "double_blocks",
+         "ünï", "99999999"]  # fmt: skip
 NAMES = st.lists(st.tuples(st.sampled_from(WORDS), st.sampled_from([".", "_", ":", ""])), min_size=1, max_size=8).map(
     lambda pairs: "".join(word + mark for word, mark in pairs)
 )

@@ -454,3 +454,16 @@ def header_layout(metadata: Mapping[str, str]) -> list[str]:
         for name, value in metadata.items()
         if name in fixed or re.match(r"(unet|text_encoder):\d+:rank\Z", name) or value == "<embed>"
     ]
+
+
+def holds_lora(path: Path) -> bool:
+    """Return whether a file or folder has the layers of a LoRA in it, whole or not.
+
+    Raises:
+        UserError: it cannot be opened.
+    """
+    if Path(path).is_dir() and peft.adapter_files(Path(path)):
+        return True
+    with open_checkpoint(path) as checkpoint:
+        names = checkpoint.names()
+    return any(_match(name) for name in names) or all(name.isdigit() for name in names)

@@ -260,6 +260,25 @@ def describe(checkpoint: Checkpoint, *, v2: bool | None, prediction: str | None,
     )
 
 
+def gaps(checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
+    """Return which weights a complete model has and this file does not, and the tensors that no part of it has.
+
+    Not every layer has a bias, or every resnet a shortcut, so these are never missing.
+    """
+    shapes = _shapes(checkpoint)
+    layout = _require_layout(shapes)
+    tables = [layout.unet, layout.text, layout.vae or keys.ldm_vae()]
+    known = {source.name for table in tables for source in table.values()} | {keys.POSITION_IDS}
+    known |= {source.name for source in keys.ldm_unet(is_ema=True).values()}
+    missing = [
+        source.name
+        for table in tables
+        for module, source in table.items()
+        if module.endswith(".weight") and "conv_shortcut" not in module and source.name not in shapes
+    ]
+    return list(dict.fromkeys(missing)), [name for name in shapes if name not in known]
+
+
 def target_shapes(checkpoint: Checkpoint) -> dict[str, Shape]:
     """Return the weights' shapes of the layers that a LoRA may go on, by saved name, from the header alone.
 

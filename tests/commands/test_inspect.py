@@ -1,0 +1,183 @@
+"""`lorasmith inspect`: what it tells of LoRAs and checkpoints is so, by arithmetic of its own."""
+
+import hashlib
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import lorasmith.demo
+from lorasmith.cli import main
+from lorasmith.formats import kohya
+from tests.formats import writers
+from tests.formats.test_dialects import BAD, DTYPES, KNOWN, NAMES, SHAPES, TAILS
+
+LAYERS = writers.make_layers(alpha=1.0)
+SOME = writers.make_layers(only="unet_mid|te.*layers_0_")
+A_LAYER = "lora_unet_mid_block_attentions_0_proj_in"
+MINI = Path(lorasmith.demo.__file__).parent / "sd1-mini.safetensors"
+
+
+def told(path: Path, capsys: pytest.CaptureFixture[str], code: int = 0) -> dict[str, Any]:
+    capsys.readouterr()
+    assert main(["inspect", str(path), "--json", "-"]) == code
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_whole_lora(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a.safetensors"
+    tags = {"10_a": {"sks dog": 12, "grass ": 3}, "5_b": {"grass": 4}}
+    header = {"ss_tag_frequency": json.dumps(tags), "ss_training_started_at": "1700000000.5", "ss_steps": "900",
+              "ss_seed": "None"}  # fmt: skip
+    kohya.write(path, writers.flat(LAYERS), header)
+    facts = told(path, capsys)
+    assert (facts["family"], facts["kinds"], facts["problems"]) == ("sd1", {"LoRA": 264}, [])
+    assert facts["rank"] == {"from": 2, "to": 2} and facts["alpha"] == {"from": 1, "to": 1}
+    assert facts["parts"] == {"U-Net": {"layers": 192, "of": 192}, "text encoder": {"layers": 72, "of": 72}}
+    assert facts["precision"] == {"float16": 528}
+    assert facts["tags"] == {"sks dog": 12, "grass": 7}
+    assert facts["training"] == {"steps": "900", "started": "2023-11-14 22:13 UTC"}
+    mid = [own for name, own in LAYERS.items() if "mid_block" in name]
+    squares = [
+        (own["lora_up.weight"].double().flatten(1) @ own["lora_down.weight"].double().flatten(1) / 2).norm() ** 2
+        for own in mid
+    ]
+    assert math.isclose(facts["norms"]["mid"], float(sum(squares)) ** 0.5, rel_tol=1e-4)
+    assert {one["verdict"] for one in facts["clients"].values()} == {"ok"} and facts["advice"] == []
+
+
+def test_hashes_are_those_that_sites_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a.safetensors"
+    kohya.write(path, writers.flat(LAYERS), {"ss_steps": "1"})
+    data = path.read_bytes()
+    body = hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
+    found = told(path, capsys)
+    hashes = found["hashes"]
+    assert hashes["AutoV2"] == hashlib.sha256(data).hexdigest()[:10] and hashes["AutoV3"] == body[:12]
+    assert hashes["AutoV1"] == hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8]
+    assert found["metadata"]["sshs_legacy_hash"] == hashes["sshs_legacy_hash"]
+    writers.kohya(path, LAYERS, {"sshs_model_hash": "0xother"})
+    assert "the header's sshs_model_hash is 0xother" in told(path, capsys, code=1)["problems"][0]
+
+
+def test_damage_and_layers_that_do_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    layers = {name: dict(own) for name, own in SOME.items()}
+    first, second, third = sorted(layers)[:3]
+    layers[first]["lora_up.weight"] = layers[first]["lora_up.weight"] * float("nan")
+    layers[second]["lora_down.weight"] = layers[second]["lora_down.weight"] + float("inf")
+    layers[third]["lora_up.weight"] = layers[third]["lora_up.weight"] * 0
+    facts = told(writers.kohya(tmp_path / "a.safetensors", layers), capsys, code=1)
+    assert sorted(facts["layers with NaN or infinity"]) == [first, second]
+    assert facts["layers that change nothing"] == [third]
+    assert facts["problems"] == ["2 layers hold NaN or infinity"]
+
+
+def test_the_advice_makes_the_file_good(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = writers.renamed(tmp_path / "a.safetensors", SOME, "_te_text_model_", "_te_")
+    facts = told(path, capsys)
+    assert facts["clients"]["ComfyUI"]["verdict"] == "part" and len(facts["mended names"]) == 6
+    command = re.search(r"lorasmith (convert .*)", facts["advice"][0])
+    assert command is not None and main(command[1].split()) == 0
+    assert told(tmp_path / "a-kohya.safetensors", capsys)["clients"]["ComfyUI"]["verdict"] == "ok"
+
+
+def test_page_picture_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    header = {"ss_output_name": "dog\x1b[2J", "ss_tag_frequency": "broken"}
+    path = writers.kohya(tmp_path / "a.safetensors", SOME, header)
+    outputs = ["--picture", str(tmp_path / "a.png"), "--json", str(tmp_path / "a.json")]
+    assert main(["inspect", str(path), *outputs]) == 0
+    page = capsys.readouterr().out
+    assert "LoRA for sd1" in page and "\x1b" not in page
+    assert Image.open(tmp_path / "a.png").size > (500, 200)
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["family"] == "sd1"
+    assert main(["inspect", str(path), *outputs]) == 2
+    assert "add --overwrite" in capsys.readouterr().err
+    assert main(["inspect", str(path), *outputs, "--overwrite"]) == 0
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.json", "a.png", "a.safetensors"]
+
+
+def test_convolutions_and_other_kinds_are_counted_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    layers = {
+        A_LAYER: SOME[A_LAYER],
+        "lora_unet_down_blocks_0_resnets_0_conv1": {
+            "lora_down.weight": torch.ones(4, 8, 3, 3), "lora_up.weight": torch.ones(8, 4, 1, 1),
+        },
+        "lora_unet_down_blocks_0_resnets_0_norm1": {"w_norm": torch.ones(8)},
+    }  # fmt: skip
+    facts = told(writers.kohya(tmp_path / "a.safetensors", layers), capsys)
+    assert facts["parts"]["convolutions, norms and others"] == {"layers": 2, "of": None}
+    assert facts["kinds"] == {"LoRA": 2, "norm": 1} and facts["rank"] == {"from": 2, "to": 4}
+    assert facts["clients"]["diffusers"] == {"verdict": "refused", "because": ["norm"], "rests on": "0.42.1, run"}
+    assert facts["norms"]["others"] == pytest.approx(math.sqrt(8 * 72) * 4)
+
+
+def test_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = told(MINI, capsys)
+    assert (facts["what"], facts["family"], facts["prediction"]) == ("checkpoint", "sd1", "epsilon")
+    assert facts["missing"] == facts["unknown"] == [] and facts["moving average (EMA)"] is False
+    assert main(["inspect", str(MINI)]) == 0
+    assert "Stable Diffusion 1.x" in capsys.readouterr().out
+
+
+def test_a_checkpoint_with_gaps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import safetensors.torch
+
+    tensors = safetensors.torch.load_file(MINI)
+    gone = "model.diffusion_model.middle_block.1.proj_out.weight"
+    del tensors[gone]
+    tensors["model_ema.decay"] = tensors["surprise"] = torch.ones(1)
+    facts = told(writers.save(tmp_path / "a.safetensors", tensors), capsys, code=1)
+    assert facts["missing"] == [gone] and set(facts["unknown"]) == {"surprise", "model_ema.decay"}
+    assert facts["moving average (EMA)"] is True
+
+
+def test_something_else_is_told_as_far_as_it_is_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = writers.save(tmp_path / "a.safetensors", {"emb_params": torch.ones(1, 768)})
+    assert "textual inversion" in told(path, capsys)["notes"][0]
+
+
+@pytest.mark.parametrize("arguments, says", [
+    ([], "missing: FILE"), (["a.safetensors", "--picture", "a.txt"], "ends in .png"),
+    ([str(MINI), "--picture", "a.png"], "no changes of layers"),
+])  # fmt: skip
+def test_mistakes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["inspect", *arguments]) == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_convert_refuses_is_told_or_refused_too(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(BAD[name][1](tmp_path / "bad.safetensors"))]) in (0, 2)
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@settings(max_examples=100)
+@given(
+    st.dictionaries(st.one_of(NAMES, st.tuples(KNOWN, TAILS).map("".join)), st.tuples(SHAPES, DTYPES), max_size=6),
+    st.dictionaries(
+        st.sampled_from(["ss_tag_frequency", "ss_training_started_at", "sshs_model_hash", "ss_steps"]),
+        st.one_of(
+            st.text(max_size=9), st.sampled_from(["{}", '{"a": {"b": "c"}}', '{"a": 1}', "1e400", "nan", "None"])
+        ),
+    ),
+)
+def test_anything_is_told_or_refused(
+    tmp_path_factory: pytest.TempPathFactory,
+    tensors: dict[str, tuple[list[int], torch.dtype]],
+    header: dict[str, str],
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "inspected.safetensors"
+    made = {name: torch.zeros(shape).to(dtype) for name, (shape, dtype) in tensors.items()}
+    assert main(["inspect", str(writers.save(path, made, header))]) in (0, 1, 2)
