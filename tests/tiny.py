@@ -43,7 +43,7 @@ def write_tiny(
     """
     unet, vae, text = build_tiny(family, seed=seed, width=width, resolution=resolution or 64)
     if layout == "diffusers":
-        _write_folder(path, unet, vae, text, prediction)
+        write_folder(path, unet, vae, text, prediction)
         return path
     tensors = keys.to_ldm(*(part.state_dict() for part in (unet, vae, text)), kept=openclip_rest(family))
     tensors = {name: _stored(tensor, dtype) for name, tensor in tensors.items()}
@@ -154,7 +154,7 @@ def _metadata(family: str, width: int, prediction: str | None, resolution: int |
     return metadata
 
 
-def _write_folder(path: Path, unet: Any, vae: Any, text: Any, prediction: str | None) -> None:
+def write_folder(path: Path, unet: Any, vae: Any, text: Any, prediction: str | None) -> None:
     """Write the diffusers layout with the text encoder's names as the hub has them, below `text_model.`."""
     unet.save_pretrained(path / "unet")
     vae.save_pretrained(path / "vae")

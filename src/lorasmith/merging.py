@@ -22,6 +22,7 @@ from lorasmith.network import group_by_module, part_of, recognise
 PRECISIONS = kohya.PRECISIONS
 _FAMILIES = {"sd1": "SD 1.x", "sd2": "SD 2.x"}
 _NUM_SHOWN = 3
+_ROWS = 256  # of a weight that are added at once
 
 
 @dataclass(frozen=True)
@@ -138,12 +139,13 @@ def changing(
     types: Mapping[str, torch.dtype],
     precision: str,
 ) -> Callable[[str, Tensor], Tensor]:
-    """Return what makes the merged tensor from the checkpoint's.
+    """Return what makes the merged tensor from the checkpoint's, in its place where the type stays.
 
     Args:
         types: of the tensors in the new file.
         precision: of the sum, which is rounded to it after every LoRA; a delta itself is computed in fp32.
     """
+    dtype = PRECISIONS[precision]
     layers: dict[str, list[str]] = {}
     for name, place in places.items():
         if any(name in addition.factors for addition in additions):
@@ -153,20 +155,31 @@ def changing(
     def change(name: str, stored: Tensor) -> Tensor:
         if not stored.is_floating_point():
             raise UserError(f"the model's {name} holds whole numbers; merging needs a model in fp32, fp16 or bf16.")
-        is_sound = bool(torch.isfinite(stored.float()).all())
-        merged = stored.to(PRECISIONS[precision], copy=True)
+        merged = stored if types[name] == stored.dtype else torch.empty_like(stored, dtype=types[name]).copy_(stored)
         for layer in layers[name]:  # several where a file has query, key and value in one tensor
-            weight = places[layer].source.take(merged)  # a view
-            for addition in additions:
-                if layer in addition.factors:
-                    delta = addition.adapter(layer, weight.shape).delta(weight)
-                    weight.add_(delta.to(weight.dtype), alpha=addition.factors[layer])
-        narrow = merged.to(types[name])
-        if not torch.isfinite(narrow.float()).all():
-            raise UserError(_not_finite(name, is_sound=is_sound, dtype=types[name]))
-        return narrow
+            source = places[layer].source
+            weight, result = source.take(stored), source.take(merged)  # views
+            deltas = [
+                addition.adapter(layer, weight.shape).delta(weight).mul_(addition.factors[layer]).to(dtype)
+                for addition in additions
+                if layer in addition.factors
+            ]
+            for start in range(0, len(weight), _ROWS):  # in pieces, so that no second copy of it is in memory
+                rows = slice(start, start + _ROWS)
+                total = weight[rows].to(dtype, copy=True)
+                for delta in deltas:
+                    total.add_(delta[rows])
+                narrow = total.to(types[name])
+                if not _is_finite(narrow):
+                    raise UserError(_not_finite(name, is_sound=_is_finite(weight[rows]), dtype=types[name]))
+                result[rows] = narrow
+        return merged
 
     return change
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor if tensor.dtype.itemsize > 1 else tensor.float()).all())
 
 
 def _not_finite(name: str, *, is_sound: bool, dtype: torch.dtype) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor
 from lorasmith.checkpoint import SAFE_DTYPES, Checkpoint, atomic_file, read_header, synced_folder
 from lorasmith.errors import UserError
 
-Change = Callable[[str, Tensor], Tensor]  # a tensor's name and what is stored -> what to store, of the same shape
+Change = Callable[[str, Tensor], Tensor]  # a tensor's name and a copy of it, free to be changed -> what to store
 
 TORCH_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 _WEIGHT_SUFFIXES = (".safetensors", *TORCH_SUFFIXES, ".msgpack", ".h5", ".onnx")

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from lorasmith.adapters.lora import LoRA
+from lorasmith.cli import main
 from lorasmith.formats import kohya
 from tests.clients import full_size_sd1
 from tests.clients.golden import layer_shapes
@@ -81,3 +82,17 @@ def test_every_tensor_is_applied_and_the_picture_changes(checkpoint: Path, tmp_p
     assert (
         applied(log)[0] == 3 * 192
     )  # the count does notice: names as transformers >= 5.6 has them reach the U-Net only
+
+
+def test_a_merged_checkpoint_draws_what_the_lora_draws(checkpoint: Path, tmp_path: Path) -> None:
+    lora, merged = tmp_path / "ours.safetensors", tmp_path / "merged.safetensors"
+    kohya.write(lora, make_lora(), {})
+    assert main(["merge", "--model", str(checkpoint), "--lora", str(lora), "--output", str(merged)]) == 0
+    attached, _ = draw(checkpoint, tmp_path / "attached.png", lora)
+    found, log = draw(merged, tmp_path / "merged.png")
+    merged.unlink()
+    assert "LoRA tensors have been applied" not in log
+    base, _ = draw(checkpoint, tmp_path / "base.png")
+    assert np.abs(attached - base).mean() > 1
+    difference = np.abs(found - attached)
+    assert difference.max() <= 2 and difference.mean() < 0.1, (difference.max(), difference.mean())  # of 255 levels

@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from lorasmith.checkpoint import open_checkpoint
 from lorasmith.cli import main
 from lorasmith.formats import kohya
 from lorasmith.models.keys import sd as keys
+from tests.clients import full_size_sd1
 from tests.tiny import write_tiny
 
 SUFFIX = {"safetensors": ".safetensors", "ckpt": ".ckpt", "diffusers": ""}
@@ -509,3 +513,32 @@ def test_verify_asks_for_a_model_that_can_be_run(
     assert "leave --verify out" in refused(capsys, *arguments, "--verify")
     assert main(["merge", *map(str, arguments)]) == 0  # merging itself needs no U-Net that runs here
     assert json.dumps(list(load_file(output))) == json.dumps(list(load_file(model)))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells a program's peak memory")
+def test_merging_takes_the_memory_of_one_layer(models: Any, loras: dict[str, Path], tmp_path: Path) -> None:
+    """A full-size SD1, 2 GB: its largest layer as stored, in fp32 and changed, and the LoRA; not what Python takes."""
+    model, merged = tmp_path / "full.safetensors", tmp_path / "merged.safetensors"
+    full_size_sd1.write(model)
+    lora = write_lora(tmp_path / "lora.safetensors", model, rank=16, size=0.02)
+    arguments = ["merge", "--model", str(model), "--lora", str(lora), "--output", str(merged)]
+    small = [models["sd1", "safetensors"], "--lora", loras["sd1"], "--output", tmp_path / "small.safetensors"]
+    first = ["merge", "--model", *map(str, small)]
+    program = (
+        "import pathlib, lorasmith.cli as cli\n"
+        "def told(name):\n"
+        "    lines = pathlib.Path('/proc/self/status').read_text().splitlines()\n"
+        "    return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024\n"
+        f"cli.main({first!r})  # loads all that the program needs\n"
+        "pathlib.Path('/proc/self/clear_refs').write_text('5')\n"
+        f"before, code = told('VmRSS'), cli.main({arguments!r})\n"
+        "print('peak', told('VmHWM') - before)\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
+    for path in (model, merged):
+        path.unlink()  # pytest keeps the folders of three runs
+    peak = int(done.stdout.split("peak ")[1])
+    count = 10240 * 1280  # of ff.net.0.proj
+    assert peak < 1.2 * count * (2 + 4 + 4) + lora.stat().st_size, f"{peak / 1e6:.0f} MB"

@@ -76,10 +76,10 @@ class LoRA(Adapter):
             self.lora_up.weight.zero_()
 
     def delta(self, weight: Tensor) -> Tensor:
-        """Return alpha / rank * up @ down, in fp32 and of the weight's shape."""
+        """Return alpha / rank * up @ down, in fp32 and of the weight's shape; `up`, which is small, takes the scale."""
         with torch.autocast(weight.device.type, enabled=False):
-            product = self.lora_up.weight.float().flatten(1) @ self.lora_down.weight.float().flatten(1)
-            return (product * (self.alpha / self.rank)).view(weight.shape)
+            up = self.lora_up.weight.float().flatten(1) * (self.alpha / self.rank)
+            return (up @ self.lora_down.weight.float().flatten(1)).view(weight.shape)
 
     def delta_norm(self, weight: Tensor) -> Tensor:
         """Return the Frobenius norm of delta without building it."""
