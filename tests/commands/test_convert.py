@@ -174,6 +174,13 @@ def test_mistakes(tmp_path: Path, lora: Path, capsys: pytest.CaptureFixture[str]
     assert "nothing of it has a place in ldm" in told
     flux = {"lora_unet_double_blocks_0_x": SOME["lora_unet_mid_block_attentions_0_proj_in"]}
     writers.kohya(tmp_path / "g.safetensors", flux)
+    factors = SOME["lora_unet_mid_block_attentions_0_proj_in"]
+    two = {f"{part}.x.lora_{half}.weight": torch.ones(2, 2) for part in ("unet", "text_encoder_2") for half in "AB"}
+    writers.save(tmp_path / "sdxl.safetensors", two)
+    assert "for sdxl" in mistake(tmp_path, capsys, str(tmp_path / "sdxl.safetensors"), "--output", other)
+    writers.kohya(tmp_path / "te2.safetensors", {"lora_te2_x": factors})
+    told = mistake(tmp_path, capsys, str(tmp_path / "te2.safetensors"), "--to", "diffusers", "--output", other)
+    assert "names in sd-scripts' form are mended" in told
     assert "for flux" in mistake(tmp_path, capsys, str(tmp_path / "g.safetensors"), "--output", other)
     broken = {name: {tail: tensor * float("nan") for tail, tensor in own.items()} for name, own in SOME.items()}
     writers.kohya(tmp_path / "h.safetensors", broken)
@@ -182,6 +189,18 @@ def test_mistakes(tmp_path: Path, lora: Path, capsys: pytest.CaptureFixture[str]
     writers.kohya(tmp_path / "i.safetensors", large)
     told = mistake(tmp_path, capsys, str(tmp_path / "i.safetensors"), "--to", "diffusers", "--output", other)
     assert "fp16 cannot hold" in told
+
+
+@pytest.mark.parametrize("to, output", [("ldm", "b.safetensors"), ("peft", "b"), ("diffusers", "b.safetensors")])
+def test_sd2_too(tmp_path: Path, to: str, output: str) -> None:
+    layers = writers.make_layers("sd2", rank=1, only="unet_mid|te.*layers_(0|22)_")  # alpha is the rank
+    path = writers.kohya(tmp_path / "a.safetensors", layers)
+    assert main(["convert", str(path), "--to", to, "--output", str(tmp_path / output)]) == 0
+    assert main(["convert", str(tmp_path / output), "--output", str(tmp_path / "back.safetensors")]) == 0
+    back = load(tmp_path / "back.safetensors")
+    assert {k: v.float().tolist() for k, v in back.items()} == {
+        k: v.float().tolist() for k, v in writers.flat(layers).items()
+    }
 
 
 def test_a_file_is_mended_in_its_place_when_that_is_asked_for(tmp_path: Path) -> None:

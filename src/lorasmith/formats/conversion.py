@@ -50,7 +50,7 @@ class Target:
         suffixes: of the output; "" is a folder.
         takes_all_kinds: LyCORIS' kinds of changes too, not only plain LoRA.
         keeps_alpha: alpha has a place; else it is multiplied into the factors.
-        write: writes a conversion to a path, given what becomes of each layer's name.
+        write: writes a conversion to a path.
     """
 
     suffixes: tuple[str, ...]
@@ -108,9 +108,9 @@ _NOTES = {
 
 
 def _check_family(lora: AnyLora, to: str) -> None:
-    if lora.family in ("sd1", "sd2", "unknown") or (lora.family == "sdxl" and to == "kohya"):
+    if lora.family in ("sd1", "sd2", "unknown") or (lora.family == "sdxl" and lora.dialect == to == "kohya"):
         return
-    more = " (for SDXL, only --to kohya, which mends names)" if lora.family == "sdxl" else ""
+    more = " (for SDXL, names in sd-scripts' form are mended, --to kohya)" if lora.family == "sdxl" else ""
     raise UserError(
         f"{lora.path} is a LoRA for {lora.family if lora.family != 'another' else 'another model family'}; "
         f"convert knows the names of Stable Diffusion 1.x and 2.x only{more}."

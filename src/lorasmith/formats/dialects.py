@@ -38,7 +38,7 @@ DIALECTS = {
 
 # What a layer's tensors make it: the first kind whose tensors are all there. Alpha is allowed with any.
 _KINDS: list[tuple[str, set[str], set[str]]] = [  # name, tensors that it needs, tensors that it may have
-    ("DoRA", {"lora_down.weight", "lora_up.weight", "dora_scale"}, {"lora_mid.weight", "diff_b"}),
+    ("DoRA", {"lora_down.weight", "lora_up.weight", "dora_scale"}, {"lora_mid.weight"}),
     ("Tucker LoCon", {"lora_down.weight", "lora_up.weight", "lora_mid.weight"}, set()),
     ("LoRA", {"lora_down.weight", "lora_up.weight"}, set()),
     ("LoHa", {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}, {"hada_t1", "hada_t2", "dora_scale"}),
