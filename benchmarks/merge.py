@@ -1,6 +1,6 @@
-"""Merging a LoRA into a full-size SD1 against loading everything with diffusers, fusing and saving.
+"""Merging a LoRA into a model against loading everything with diffusers, fusing and saving.
 
-    python benchmarks/merge.py [--width 64] [--rank 16] [--repeats 3]
+    python benchmarks/merge.py [--full] [--rank 16] [--repeats 3]
 
 The sides read the same model in fp16, as a diffusers folder or a file, and write another: `lorasmith merge`,
 diffusers' fuse_lora, and plain copying of the file, twice. The merged U-Nets are compared, and a difference is an
@@ -126,7 +126,8 @@ def write_models(folder: Path, width: int, rank: int) -> Task:
     for module, tensors in zip(modules, (parts.unet, parts.vae, parts.text), strict=True):
         shaped = {name: tensor.contiguous() for name, tensor in tensors.items()}
         module.load_state_dict(shaped, assign=True)
-    write_folder(folder / "model", *modules, None)
+    unet, vae, text = modules
+    write_folder(folder / "model", unet, vae, text, None)
     with open_checkpoint(file) as checkpoint:
         shapes = model_families.target_shapes(checkpoint)
     generator = torch.Generator().manual_seed(1)
@@ -162,13 +163,14 @@ def clocked(worker: Worker) -> Callable[[], float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--width", type=int, default=320, help="channels at the finest level; the real model has 320")
+    parser.add_argument("--width", type=int, default=96, help="channels at the finest level; the real model has 320")
+    parser.add_argument("--full", action="store_true", help="full-size SD1: 13 GB of disk, and minutes")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        task = write_models(Path(folder), options.width, options.rank)
+        task = write_models(Path(folder), 320 if options.full else options.width, options.rank)
         workers = {
             "merge, folder": Worker(make_ours, task, task.folder, task.results / "ours", threads=options.threads),
             "merge, file": Worker(

@@ -92,11 +92,11 @@ def rewrite(checkpoint: Checkpoint, output: Path, dtypes: Mapping[str, torch.dty
 
 def _carried(checkpoint: Checkpoint) -> tuple[list[Path], list[Path]]:
     """Return the files of a diffusers folder that belong to the new one, and those that would be outdated in it."""
-    read = set(checkpoint.files())
-    files = sorted(file for file in checkpoint.path.rglob("*") if file.is_file())
-    outdated = [file for file in files if file not in read and _is_other_copy(file.relative_to(checkpoint.path))]
-    relative = [[file.relative_to(checkpoint.path) for file in group] for group in (files, outdated)]
-    return [file for file in relative[0] if file not in relative[1]], relative[1]
+    read = {file.relative_to(checkpoint.path) for file in checkpoint.files()}
+    every = (file.relative_to(checkpoint.path) for file in checkpoint.path.rglob("*") if file.is_file())
+    files = sorted(file for file in every if not any(part.startswith(".") for part in file.parts))  # no .git, .cache
+    outdated = [file for file in files if file not in read and _is_other_copy(file)]
+    return [file for file in files if file not in outdated], outdated
 
 
 def _is_other_copy(file: Path) -> bool:

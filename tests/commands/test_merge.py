@@ -368,12 +368,15 @@ def test_a_folder_keeps_its_other_files_but_no_outdated_weights(
     shutil.copytree(models["sd1", "diffusers"], model)
     (model / "tokenizer").mkdir()
     (model / "tokenizer" / "merges.txt").write_text("a b")
+    (model / ".git").mkdir()
+    (model / ".git" / "objects").write_text("the same weights again, in git")
     (model / "unet" / "diffusion_pytorch_model.fp16.bin").write_text("the same weights in another form")
     assert merge(model, loras["sd1"], output=output) == 0
     assert "diffusion_pytorch_model.fp16.bin" in capsys.readouterr().out
     files = {file.relative_to(model) for file in model.rglob("*") if file.is_file()}
     copied = {file.relative_to(output) for file in output.rglob("*") if file.is_file()}
-    assert files - copied == {Path("unet/diffusion_pytorch_model.fp16.bin")} and not copied - files
+    assert files - copied == {Path("unet/diffusion_pytorch_model.fp16.bin"), Path(".git/objects")}
+    assert not copied - files
     changed = {file for file in copied if (model / file).read_bytes() != (output / file).read_bytes()}
     assert changed == {
         Path("unet/diffusion_pytorch_model.safetensors"), Path("text_encoder/model.safetensors")
