@@ -32,7 +32,7 @@ _MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
 _MAGIC_NUMBER = 0x1950A86A20F9469CFC6C  # starts a legacy torch file
 _PARTS = ("unet", "vae", "text_encoder")
 _NESTED = ("state_dict", "model", "module")
-_DAMAGED = (ValueError, KeyError, RuntimeError, OverflowError, EOFError, struct.error, zlib.error)
+_DAMAGED = (ValueError, KeyError, RuntimeError, OverflowError, EOFError, struct.error, zlib.error, zipfile.BadZipFile)
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -95,14 +95,8 @@ class Checkpoint:
             UserError: the file is damaged there.
         """
         reader, own = self._places[name]
-        try:
+        with _damage_told(self.path):
             return reader.tensor(own)
-        except UserError:
-            raise
-        except _DAMAGED as error:
-            raise UserError(
-                f"{self.path} is truncated or damaged ({name}: {error}); download or copy it again."
-            ) from error
 
     def files(self) -> dict[Path, dict[str, str]]:
         """Return which file holds what: path -> the name in the file -> the name here."""
@@ -218,6 +212,19 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
+@contextmanager
+def _damage_told(path: Path) -> Iterator[None]:
+    """Turn what a damaged file makes of its readers into a message."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (*_DAMAGED, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which is a place that no file has
+            raise
+        raise UserError(f"{path} is truncated or damaged ({error}); download or copy it again.") from error
+
+
 class _Torch:
     """What both torch layouts share: descriptions by name; a storage is read when a tensor of it is."""
 
@@ -243,7 +250,7 @@ class _Torch:
 
 class _TorchZip(_Torch):
     def __init__(self, path: Path, stack: ExitStack) -> None:
-        try:
+        with _damage_told(path):
             self._zip = stack.enter_context(zipfile.ZipFile(path))
             pickles = [name for name in self._zip.namelist() if name.rpartition("/")[2] == "data.pkl"]
             if not pickles:
@@ -251,10 +258,6 @@ class _TorchZip(_Torch):
             self._folder = pickles[0].rpartition("/")[0]
             with self._zip.open(pickles[0]) as file:
                 content = _unpickle(file, path)
-        except UserError:
-            raise
-        except (zipfile.BadZipFile, *_DAMAGED) as error:
-            raise UserError(f"{path} is truncated or damaged ({error}); download or copy it again.") from error
         super().__init__(path, content)
 
     def entry(self, name: str) -> tuple[str, TensorDescription]:
@@ -292,9 +295,10 @@ class _TorchLegacy(_Torch):
         for key in map(str, keys if isinstance(keys, list) else []):
             count = struct.unpack("<q", self._file.read(8).ljust(8, b"\0"))[0]
             self._offsets[key] = self._file.tell()
-            self._file.seek(max(0, count) * dtypes.get(key, torch.float32).itemsize, os.SEEK_CUR)
-            if count < 0 or self._file.tell() > end:
+            after = self._file.tell() + count * dtypes.get(key, torch.float32).itemsize
+            if count < 0 or after > end:
                 raise UserError(f"{path} is truncated; download or copy it again.")
+            self._file.seek(after)
 
     def _storage(self, key: StorageKey) -> Tensor:
         self._file.seek(self._offsets[key.key])

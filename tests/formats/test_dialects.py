@@ -1,5 +1,6 @@
 """Files of every dialect read as the same layers; what is broken or something else is refused in words."""
 
+import io
 import json
 import pickle
 import re
@@ -181,6 +182,26 @@ def own(**changes: Tensor) -> dict[str, Tensor]:
     return {f"{A_LAYER}.{tail.replace('__', '.')}": value for tail, value in changes.items()}
 
 
+def torch_bytes(*, is_old: bool) -> bytearray:
+    stream = io.BytesIO()
+    torch.save({"a": torch.ones(2)}, stream, _use_new_zipfile_serialization=not is_old)
+    return bytearray(stream.getvalue())
+
+
+def zip_that_begins_before_itself(path: Path) -> Path:
+    data = torch_bytes(is_old=False)
+    place = data.rindex(b"PK\x06\x06") + 48  # where the list of entries begins
+    data[place : place + 8] = struct.pack("<Q", struct.unpack("<Q", data[place : place + 8])[0] + 1000)
+    return raw(path.with_suffix(".pt"), bytes(data))
+
+
+def storage_of(count: int) -> Callable[[Path], Path]:
+    """Return what writes an old torch file that announces so many numbers, of two."""
+    data = torch_bytes(is_old=True)
+    data[-16:-8] = struct.pack("<q", count)
+    return lambda path: raw(path.with_suffix(".pt"), bytes(data))
+
+
 WHOLE = own(lora_down__weight=torch.ones(2, 8, 1, 1), lora_up__weight=torch.ones(8, 2, 1, 1))
 ENTRY = '"{}":{{"dtype":"F32","shape":[1],"data_offsets":[{},{}]}}'
 BAD: dict[str, tuple[str, Callable[[Path], Path]]] = {
@@ -208,6 +229,10 @@ BAD: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "a list that runs code": (
         "tries to run code", lambda p: raw(p.with_suffix(".pt"), pickle.dumps([Attack()], protocol=2))
     ),
+    "a zip that begins before itself": ("truncated or damaged", zip_that_begins_before_itself),
+    "a storage larger than any file": ("is truncated", storage_of(2**62)),
+    "a storage larger than the file": ("is truncated", storage_of(2**20)),
+    "a storage below nothing": ("is truncated", storage_of(-1)),
     "a web page": ("web page", lambda p: raw(p, b"<!DOCTYPE html><html>")),
     "an odd list": ("odd number", lambda p: listed(p.with_suffix(".pt"), [torch.ones(2, 2)] * 3)),
     "a list of another length": ("list of 2 pairs", lambda p: listed(p.with_suffix(".pt"), [torch.ones(2, 2)] * 4)),
