@@ -1,9 +1,13 @@
 """For all tests: no test has a time limit, hypothesis' own included, since a busy machine is no mistake; and each has a
-cache folder of its own, never the user's.
+cache folder of its own, never the user's. Several workers share the cores, and so do the programs that they start.
 """
 
 import os
 from itertools import count
+
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # before torch is imported, which reads it once
+    threads = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
 
 import pytest
 from hypothesis import settings
