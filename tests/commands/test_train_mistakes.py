@@ -606,7 +606,7 @@ def test_a_resumed_run_keeps_its_pictures(place: Path, tmp_path: Path, refused: 
     write_pictures(tmp_path / "2_other thing", 1)
     whole = ["train", "--resume", str(place / "run"), "--steps", "4", "--images", str(tmp_path)]
     message = refused(whole=whole)
-    assert "the pictures or captions are not those" in message and "Put them back" in message
+    assert "the pictures, captions or masks are not those" in message and "Put them back" in message
 
 
 @pytest.mark.parametrize(
@@ -668,7 +668,7 @@ def test_a_loss_that_is_not_finite_at_the_first_step(
 ) -> None:
     from lorasmith import training
 
-    monkeypatch.setattr(training, "per_sample", lambda a, b: (a - b).mean((1, 2, 3)) * torch.nan)
+    monkeypatch.setattr(training, "per_sample", lambda a, b, mask: (a - b).mean((1, 2, 3)) * torch.nan)
     assert main(command(place, "--output", str(tmp_path / "out"))) == 2
     message = one_message(capsys.readouterr().err)
     assert "at step 1" in message and "state" not in message
