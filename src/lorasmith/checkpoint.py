@@ -26,13 +26,20 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from lorasmith.errors import UserError
-from lorasmith.inert_pickle import InertUnpickler, StorageKey, TensorDescription
+from lorasmith.inert_pickle import InertUnpickler, StorageKey, TensorDescription, shown
 
-_MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
+_MAX_HEADER = 100_000_000  # bytes; safetensors' own limit, and here that of a pickle too
+_MAX_NAME = 1000  # letters of a tensor's name
+_MAX_SIDES, _MAX_SIDE = 64, 2**63 - 1  # of a tensor, as torch has them
+_MAX_UNPACKED = 20  # times the file's size: what a packed archive, or tensors that share their numbers, may come to
+_MAX_NESTING = 3  # dictionaries around a state dict
 _MAGIC_NUMBER = 0x1950A86A20F9469CFC6C  # starts a legacy torch file
 _PARTS = ("unet", "vae", "text_encoder")
 _NESTED = ("state_dict", "model", "module")
-_DAMAGED = (ValueError, KeyError, RuntimeError, OverflowError, EOFError, struct.error, zlib.error, zipfile.BadZipFile)
+_DAMAGED = (
+    ValueError, LookupError, TypeError, RuntimeError, OverflowError, EOFError, struct.error, zlib.error,
+    zipfile.BadZipFile, safetensors.SafetensorError,
+)  # fmt: skip
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -68,6 +75,7 @@ class Checkpoint:
             self.metadata.update(reader.metadata)
             start = prefix.partition("#")[0]
             self._places.update({start + name: (reader, name) for name in reader.shapes})
+            _refuse_unreadable_names(reader)
         self._stack = stack
 
     def __enter__(self) -> "Checkpoint":
@@ -109,6 +117,14 @@ class Checkpoint:
         """Return which entry of a torch archive holds a tensor, and how; None: the file is no such archive."""
         reader, own = self._places[name]
         return reader.entry(own) if isinstance(reader, _TorchZip) else None
+
+
+def _refuse_unreadable_names(reader: _Reader) -> None:
+    if name := next((name for name in reader.shapes if len(name) > _MAX_NAME or not name.isprintable()), None):
+        raise UserError(
+            f"{reader.path} holds a tensor with a name of {len(name):,} letters that is none ({shown(name)}): it is "
+            "damaged, or was made to do harm; get the file again."
+        )
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -190,16 +206,18 @@ def read_header(path: Path, size: int) -> dict[str, Any]:
         metadata = header.get("__metadata__", {})
         entries = [info for name, info in header.items() if name != "__metadata__"]
         ends = [operator.index(info["data_offsets"][1]) for info in entries]
-        dtypes = {info["dtype"] for info in entries}
-        if any(operator.index(side) < 0 for info in entries for side in info["shape"]):
-            raise ValueError("a shape with a side below 0")
+        dtypes = {str(info["dtype"]) for info in entries}
+        if any(len(info["shape"]) > _MAX_SIDES for info in entries):
+            raise ValueError(f"a shape with more than {_MAX_SIDES} sides")
+        if any(not 0 <= operator.index(side) <= _MAX_SIDE for info in entries for side in info["shape"]):
+            raise ValueError("a shape with a side that no tensor has")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: its header cannot be read ({error}): {again}") from error
+        raise UserError(f"{path}: its header cannot be read ({shown(str(error))}): {again}") from error
     expected = 8 + length + max(ends, default=0)
     if size != expected:
         raise UserError(f"{path} has {size} bytes, but {expected} are announced in its header: {again}")
     if unknown := sorted(dtypes - SAFE_DTYPES.keys()):
-        raise UserError(f"{path} holds numbers of type {', '.join(unknown)}, not read here; convert it to fp16.")
+        raise UserError(f"{path} holds numbers of type {shown(', '.join(unknown))}, not read here; convert it to fp16.")
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise UserError(f"{path}: the metadata in its header are not all text: {again}")
     return header
@@ -208,7 +226,7 @@ def read_header(path: Path, size: int) -> dict[str, Any]:
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return a JSON object; one of two entries of one name would be lost."""
     if double := next((name for name, count in Counter(name for name, _ in pairs).items() if count > 1), None):
-        raise ValueError(f"two entries are called {double}")
+        raise ValueError(f"two entries are called {shown(double)}")
     return dict(pairs)
 
 
@@ -222,7 +240,7 @@ def _damage_told(path: Path) -> Iterator[None]:
     except (*_DAMAGED, OSError) as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which is a place that no file has
             raise
-        raise UserError(f"{path} is truncated or damaged ({error}); download or copy it again.") from error
+        raise UserError(f"{path} is truncated or damaged ({shown(str(error))}); download or copy it again.") from error
 
 
 class _Torch:
@@ -231,10 +249,12 @@ class _Torch:
     def __init__(self, path: Path, content: Any) -> None:
         self.path = path
         self.metadata: dict[str, str] = {}
-        self._descriptions = _tensors_in(content)
+        with _damage_told(path):
+            self._descriptions = _tensors_in(content, _MAX_NESTING)
         if not self._descriptions:
             raise UserError(f"{path} holds no tensors by name; expected is a model or LoRA (a dict of tensors).")
         self.shapes = {name: (d.shape, d.storage.dtype) for name, d in self._descriptions.items()}
+        _refuse_bomb(path, sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.shapes.values()))
 
     def tensor(self, name: str) -> Tensor:
         description = self._descriptions[name]
@@ -252,12 +272,17 @@ class _TorchZip(_Torch):
     def __init__(self, path: Path, stack: ExitStack) -> None:
         with _damage_told(path):
             self._zip = stack.enter_context(zipfile.ZipFile(path))
-            pickles = [name for name in self._zip.namelist() if name.rpartition("/")[2] == "data.pkl"]
+            entries = self._zip.infolist()
+            _refuse_bomb(path, sum(entry.file_size for entry in entries))
+            if any(entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for entry in entries):
+                raise UserError(f"{path} is packed in a way that is not read here; unpack it, and pack it without.")
+            _without_doubles([(entry.filename, entry) for entry in entries])
+            pickles = [entry.filename for entry in entries if entry.filename.rpartition("/")[2] == "data.pkl"]
             if not pickles:
                 raise UserError(f"{path} is a zip archive without a model in it; unpack it, or give the model itself.")
             self._folder = pickles[0].rpartition("/")[0]
             with self._zip.open(pickles[0]) as file:
-                content = _unpickle(file, path)
+                content = _unpickle(file, path, self._zip.getinfo(pickles[0]).file_size)
         super().__init__(path, content)
 
     def entry(self, name: str) -> tuple[str, TensorDescription]:
@@ -269,10 +294,9 @@ class _TorchZip(_Torch):
         return f"{self._folder}/data/{key.key}".lstrip("/")
 
     def _storage(self, key: StorageKey) -> Tensor:
-        try:
-            data = bytearray(self._zip.read(self._entry_of(key)))
-        except (KeyError, zipfile.BadZipFile) as error:
-            raise UserError(f"{self.path} is truncated or damaged ({error}); download or copy it again.") from error
+        entry = self._zip.getinfo(self._entry_of(key))
+        with self._zip.open(entry) as file:
+            data = bytearray(file.read(entry.file_size))  # never more: what is packed may be larger than it says
         return torch.frombuffer(data, dtype=key.dtype) if data else torch.empty(0, dtype=key.dtype)
 
 
@@ -281,47 +305,67 @@ class _TorchLegacy(_Torch):
 
     def __init__(self, path: Path, stack: ExitStack) -> None:
         self._file: IO[bytes] = stack.enter_context(path.open("rb"))
-        magic = _unpickle(self._file, path)
+        end = path.stat().st_size
+
+        def part() -> Any:
+            return _unpickle(self._file, path, end - self._file.tell())
+
+        magic = part()
         if magic != _MAGIC_NUMBER:
             super().__init__(path, magic)  # a bare pickle: no tensors to be had, said in the same words
             return
         for _ in range(2):  # protocol version, system information
-            _unpickle(self._file, path)
-        content, keys = _unpickle(self._file, path), _unpickle(self._file, path)
+            part()
+        content, keys = part(), part()
         super().__init__(path, content)
         dtypes = {d.storage.key: d.storage.dtype for d in self._descriptions.values()}
-        self._offsets: dict[str, int] = {}
-        end = path.stat().st_size
-        for key in map(str, keys if isinstance(keys, list) else []):
+        self._places: dict[str, tuple[int, int]] = {}  # where a storage begins, and how many bytes it has
+        for key in keys if isinstance(keys, list) else []:
+            if not isinstance(key, (str, int)) or str(key) in self._places:
+                raise UserError(f"{path} is damaged: its list of storages is none; download or copy it again.")
             count = struct.unpack("<q", self._file.read(8).ljust(8, b"\0"))[0]
-            self._offsets[key] = self._file.tell()
-            after = self._file.tell() + count * dtypes.get(key, torch.float32).itemsize
-            if count < 0 or after > end:
+            begin, length = self._file.tell(), count * dtypes.get(str(key), torch.float32).itemsize
+            if count < 0 or begin + length > end:
                 raise UserError(f"{path} is truncated; download or copy it again.")
-            self._file.seek(after)
+            self._places[str(key)] = begin, length
+            self._file.seek(begin + length)
 
     def _storage(self, key: StorageKey) -> Tensor:
-        self._file.seek(self._offsets[key.key])
-        return torch.frombuffer(bytearray(self._file.read(key.size * key.dtype.itemsize)), dtype=key.dtype)
+        begin, length = self._places[key.key]
+        self._file.seek(begin)
+        data = bytearray(self._file.read(length))
+        return torch.frombuffer(data, dtype=key.dtype) if data else torch.empty(0, dtype=key.dtype)
 
 
-def _unpickle(file: IO[bytes], path: Path) -> Any:
+def _refuse_bomb(path: Path, size: int) -> None:
+    """Refuse what a small file makes large."""
+    if size > _MAX_UNPACKED * (own := path.stat().st_size):
+        raise UserError(
+            f"{path} has {own:,} bytes and would become {shown(f'{size:,}')}: it is damaged, or was made to fill the "
+            "memory; get the model as .safetensors."
+        )
+
+
+def _unpickle(file: IO[bytes], path: Path, size: int) -> Any:
+    """Return what a pickle of at most `size` bytes describes."""
     try:
-        return InertUnpickler(file, str(path)).load()
+        return InertUnpickler(file, str(path), min(size, _MAX_HEADER)).load()
     except UserError:
         raise
     except Exception as error:  # a damaged pickle can fail in any way at all; none of it is ours
-        raise UserError(f"{path} cannot be read ({error}): damaged or no model; download or copy it again.") from error
+        raise UserError(
+            f"{path} cannot be read ({shown(str(error))}): damaged or no model; download or copy it again."
+        ) from error
 
 
-def _tensors_in(content: Any) -> dict[str, TensorDescription]:
+def _tensors_in(content: Any, depth: int) -> dict[str, TensorDescription]:
     """Return the named tensors of a checkpoint, out of `state_dict` and the like; those of a list by their number."""
     if isinstance(content, list) and all(isinstance(value, TensorDescription) for value in content):
         return {str(number): value for number, value in enumerate(content)}
     if not isinstance(content, dict):
         return {}
-    for name in _NESTED:
-        if isinstance(content.get(name), dict) and (nested := _tensors_in(content[name])):
+    for name in _NESTED if depth else ():
+        if isinstance(content.get(name), dict) and (nested := _tensors_in(content[name], depth - 1)):
             return nested
     return {str(name): value for name, value in content.items() if isinstance(value, TensorDescription)}
 
@@ -361,18 +405,23 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _shards(index: Path) -> list[Path]:
     names = _read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not names:
+    if not isinstance(names, dict) or not names or not all(_is_file_name(name) for name in names.values()):
         raise UserError(f"{index} names no files with weights; get the model folder anew.")
-    files = [index.parent / str(name) for name in sorted(set(names.values()))]
+    files = [index.parent / name for name in sorted(set(names.values()))]
     if missing := [file.name for file in files if not file.is_file()]:
         raise UserError(f"{index.parent} is incomplete: {', '.join(missing)} are missing; get the model folder anew.")
     return files
 
 
+def _is_file_name(name: Any) -> bool:
+    """True for the name of a file in the same folder."""
+    return isinstance(name, str) and name.isprintable() and name not in ("", "..") and Path(name).name == name
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}); get the model folder anew.") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object; get the model folder anew.")

@@ -2,13 +2,15 @@
 
 A pickle is a program. The unpickler here knows a short list of harmless names and builds descriptions of tensors for
 them; every other class becomes an inert stand-in, so checkpoints with training callbacks still load; a reference to
-something that only an attack needs is refused.
+something that only an attack needs is refused. Memory stays in proportion to the pickle's length: nothing is copied,
+hashed or printed that a few bytes could have made large.
 """
 
 import pickle
-from collections import OrderedDict
+import struct
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 import torch
 
@@ -23,6 +25,9 @@ _DANGEROUS_MODULES = {
 _HARMLESS_BUILTINS = {"dict", "list", "tuple", "set", "frozenset", "int", "float", "complex", "bool", "str", "bytes",
                       "bytearray", "slice", "range", "object", "Exception"}  # fmt: skip
 _DANGEROUS_NAMES = {"torch.load", "torch.hub", "torch.jit", "torch.ops", "torch.utils.cpp_extension", "numpy.load"}
+_LARGEST = 2**63 - 1  # of numbers of elements, as torch has them
+_MOST_SIDES = 64  # of a tensor, as torch has them
+_MOST_SHOWN = 200  # letters of a name in a message
 _DTYPES = {
     "FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
@@ -75,11 +80,57 @@ class Inert:
         return Inert()
 
 
-class InertUnpickler(pickle._Unpickler):  # the one in Python: each step of it is readable
-    """Unpickles descriptions; runs nothing that the file names."""
+def shown(text: str) -> str:
+    """Return a text out of a file as a message can hold it: short, and without what moves a terminal's cursor."""
+    printable = repr(text[:_MOST_SHOWN])[1:-1]
+    return printable if len(text) <= _MOST_SHOWN else f"{printable}..."
 
-    def __init__(self, file: IO[bytes], where: str) -> None:
-        super().__init__(file, encoding="latin-1")
+
+class Named(dict[Any, Any]):
+    """A dictionary of a pickle: what is called by a text or a number. Nothing here needs other keys, and the hash of a
+    nested one may take forever.
+    """
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if not isinstance(key, (str, int)):
+            return
+        if key in self:
+            raise pickle.UnpicklingError(f"two entries are called {shown(str(key))}")
+        super().__setitem__(key, value)
+
+
+class _Limited:
+    """The part of a file that a pickle may take."""
+
+    def __init__(self, file: IO[bytes], limit: int) -> None:
+        self._file, self._left = file, limit
+
+    def read(self, size: int) -> bytes:
+        return self._counted(self._file.read(min(size, self._left)))
+
+    def readline(self) -> bytes:
+        return self._counted(self._file.readline(self._left))
+
+    def _counted(self, data: bytes) -> bytes:
+        self._left -= len(data)
+        return data
+
+
+class InertUnpickler(pickle._Unpickler):  # the one in Python: each step of it is readable
+    """Unpickles descriptions; runs nothing that the file names.
+
+    Args:
+        where: the file's name, for messages.
+        limit: how many bytes of the file the pickle may take.
+    """
+
+    stack: list[Any]  # these four are the other class's own
+    read: Callable[[int], bytes]
+    append: Callable[[Any], None]
+    pop_mark: Callable[[], list[Any]]
+
+    def __init__(self, file: IO[bytes], where: str, limit: int) -> None:
+        super().__init__(_Limited(file, limit), encoding="latin-1")  # type: ignore[arg-type]
         self._where = where
 
     def find_class(self, module: str, name: str) -> Any:
@@ -96,20 +147,62 @@ class InertUnpickler(pickle._Unpickler):  # the one in Python: each step of it i
             return vars(torch)[name]
         is_builtin = module in ("builtins", "__builtin__")
         if is_builtin and name in _HARMLESS_BUILTINS:
-            return _BUILTINS.get(name, Inert)
+            return Inert
         full = f"{module}.{name}"
         if module.partition(".")[0] in _DANGEROUS_MODULES or any(full.startswith(bad) for bad in _DANGEROUS_NAMES):
             raise UserError(
-                f"{self._where} tries to run code when it is loaded: it calls {full}. Nothing of it was run. "
+                f"{self._where} tries to run code when it is loaded: it calls {shown(full)}. Nothing of it was run. "
                 "Do not use this file in other programs either; get the model as .safetensors from a source you trust."
             )
-        return type(name.rpartition(".")[2] or "Unknown", (Inert,), {"__module__": module})
+        return Inert
+
+    def get_extension(self, code: int) -> Any:
+        """Refuse what is named by its number in a list that the program itself keeps."""
+        raise pickle.UnpicklingError(f"a class that is called by the number {code}")
 
     def persistent_load(self, pid: Any) -> StorageKey:
         """Return the description of a storage: ("storage", type, key, device, number of elements[, view])."""
         if not (isinstance(pid, tuple) and len(pid) >= 5 and isinstance(pid[1], _StorageType)):
-            raise pickle.UnpicklingError(f"a reference to {pid!r:.80}, which is no tensor storage")
-        return StorageKey(str(pid[2]), pid[1].dtype, int(pid[4]))
+            raise pickle.UnpicklingError("a reference to something that is no tensor storage")
+        if not isinstance(pid[2], (str, int)):
+            raise pickle.UnpicklingError(f"a storage that is called by a {type(pid[2]).__name__}")
+        (size,) = _numbers((pid[4],))
+        return StorageKey(str(pid[2]), pid[1].dtype, size)
+
+    def _build(self) -> None:
+        """BUILD gives the last object its attributes; those of none matter here, and some could harm the reader."""
+        self.stack.pop()
+
+    def _dictionary(self) -> None:
+        self.append(Named())
+
+    def _filled_dictionary(self) -> None:
+        items = self.pop_mark()
+        found = Named()
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            found[key] = value
+        self.append(found)
+
+    def _set(self) -> None:
+        self.append(Inert())
+
+    def _frozen_set(self) -> None:
+        self.pop_mark()
+        self.append(Inert())
+
+    def _byte_array(self) -> None:
+        (length,) = struct.unpack("<Q", self.read(8))
+        self.append(self.read(length))  # the way of the class above takes the memory before it reads
+
+    dispatch: ClassVar[dict[int, Any]] = {
+        **pickle._Unpickler.dispatch,
+        pickle.BUILD[0]: _build,
+        pickle.EMPTY_DICT[0]: _dictionary,
+        pickle.DICT[0]: _filled_dictionary,
+        pickle.EMPTY_SET[0]: _set,
+        pickle.FROZENSET[0]: _frozen_set,
+        pickle.BYTEARRAY8[0]: _byte_array,
+    }
 
 
 @dataclass(frozen=True)
@@ -120,29 +213,37 @@ class _StorageType:
         return Inert()
 
 
+def _numbers(values: Any) -> tuple[int, ...]:
+    """Return sizes as they are, checked."""
+    if not isinstance(values, (tuple, list)) or len(values) > _MOST_SIDES:
+        raise pickle.UnpicklingError("a tensor whose shape is none")
+    if not all(isinstance(value, int) and 0 <= value <= _LARGEST for value in values):
+        raise pickle.UnpicklingError("a tensor of which a size is no number that torch could have written")
+    return tuple(values)
+
+
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> Any:
     if not isinstance(storage, StorageKey):
         return Inert()
-    return TensorDescription(storage, int(offset), tuple(map(int, shape)), tuple(map(int, stride)))
+    (begin,), sides, steps = _numbers((offset,)), _numbers(shape), _numbers(stride)
+    if len(sides) != len(steps):
+        raise pickle.UnpicklingError(f"a tensor of {len(sides)} sides with {len(steps)} steps")
+    return TensorDescription(storage, begin, sides, steps)
+
+
+def _named() -> Named:
+    return Named()
 
 
 def _rebuild_parameter(data: Any, *_: Any) -> Any:
     return data
 
 
-def _size(items: Any = ()) -> tuple[int, ...]:
-    return tuple(items)
-
-
-_BUILTINS: dict[str, Any] = {
-    "dict": dict, "list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "int": int, "float": float,
-    "complex": complex, "bool": bool, "str": str,
-}  # fmt: skip
 _KNOWN: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): OrderedDict,
+    ("collections", "OrderedDict"): _named,
     ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
     ("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter,
-    ("torch", "Size"): _size,
+    ("torch", "Size"): _numbers,
 }
