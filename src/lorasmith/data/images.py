@@ -20,6 +20,7 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL
@@ -30,7 +31,7 @@ from torch import Tensor
 from lorasmith.cache_folder import Say, cannot_write
 from lorasmith.data.buckets import CropPlan, Size
 from lorasmith.data.faces import Face, FaceDraws, crop_around
-from lorasmith.data.records import ImageRecord, PictureData
+from lorasmith.data.records import ByteRange, ImageRecord, PictureData
 from lorasmith.errors import UserError
 from lorasmith.file_facts import FileFacts
 
@@ -131,6 +132,7 @@ class _Probed:
 @dataclass(frozen=True)
 class _Remembered:
     facts: FileFacts
+    archives: FileFacts  # of each archive: facts of the pictures in it, by their places
     cache: Path
     say: Say
 
@@ -270,6 +272,13 @@ def probe(path: Path) -> tuple[Size, str]:
     return probed.size, probed.content_hash
 
 
+def probe_readable(paths: Sequence[Path]) -> tuple[dict[Path, tuple[Size, str]], list[UnreadablePicture]]:
+    """Return what `probe` says of each picture that can be read, and the others."""
+    found = _probe_each(paths, _NO_DATA)
+    errors = [one for one in found.values() if isinstance(one, UnreadablePicture)]
+    return {path: (one.size, one.content_hash) for path, one in found.items() if isinstance(one, _Probed)}, errors
+
+
 def probe_all(
     paths: Sequence[Path], *, skip_unreadable: bool, data: Mapping[Path, PictureData] = _NO_DATA
 ) -> tuple[dict[Path, tuple[Size, str]], list[str]]:
@@ -281,12 +290,7 @@ def probe_all(
     Raises:
         UserError: some cannot be read and are not to be skipped, or none can; lists every one with its reason.
     """
-    results: dict[Path, _Probed | UnreadablePicture] = {**_known([path for path in paths if path not in data])}
-    unknown = [path for path in paths if path not in results]
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        results.update(zip(unknown, pool.map(_probe_or_error, unknown, map(data.get, unknown)), strict=True))
-    _remember({path: result for path in unknown if isinstance(result := results[path], _Probed)})
-    results = {path: results[path] for path in paths}
+    results = _probe_each(paths, data)
     errors = [result for result in results.values() if isinstance(result, UnreadablePicture)]
     readable = {path: result for path, result in results.items() if not isinstance(result, UnreadablePicture)}
     probed = {path: (result.size, result.content_hash) for path, result in readable.items()}
@@ -310,7 +314,10 @@ def remembering(cache: Path | None, say: Say) -> Iterator[None]:
     Args:
         say: tells that the cache cannot be written to.
     """
-    remembered = None if cache is None else _Remembered(FileFacts(cache / "facts", _made_with()), cache, say)
+    remembered = None
+    if cache is not None:
+        place, made_with = cache / "facts", _made_with()
+        remembered = _Remembered(FileFacts(place, made_with), FileFacts(place, ["archives", made_with]), cache, say)
     token = _FACTS.set(remembered)
     try:
         yield
@@ -324,22 +331,46 @@ def _made_with() -> list[object]:
     return ["pictures 1", PIL.__version__, readable, [field.name for field in fields(_Probed)]]
 
 
-def _known(paths: Sequence[Path]) -> dict[Path, _Probed]:
-    """Return the facts of pictures that are known and did not change, if they are within the limit of today."""
+_ArchiveFacts = dict[Path, dict[str, list[Any]]]  # archive -> place in it -> facts of the picture there
+
+
+def _known(paths: Sequence[Path], ranges: Mapping[Path, ByteRange]) -> tuple[dict[Path, _Probed], _ArchiveFacts]:
+    """Return the facts of pictures that are known and did not change, and all that is known of their archives.
+
+    Args:
+        paths: files. ranges: pictures in archives.
+    """
     if (remembered := _FACTS.get()) is None:
-        return {}
+        return {}, {}
     facts = remembered.facts.known(paths)
+    archives = remembered.archives.known({source.path for source in ranges.values()})
+    for path, source in ranges.items():
+        if (found := archives.get(source.path, {}).get(_place_of(source))) is not None:
+            facts[path] = found
     known = {path: _Probed(tuple(size), sha256, tuple(remarks)) for path, (size, sha256, remarks) in facts.items()}
-    return {path: one for path, one in known.items() if math.prod(one.size) <= 2 * (Image.MAX_IMAGE_PIXELS or 0)}
+    limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # today's
+    return {path: one for path, one in known.items() if math.prod(one.size) <= limit}, archives
 
 
-def _remember(probed: Mapping[Path, _Probed]) -> None:
+def _remember(probed: Mapping[Path, _Probed], ranges: Mapping[Path, ByteRange], archives: _ArchiveFacts) -> None:
+    """Keep what was found out besides what was known of the archives."""
     if (remembered := _FACTS.get()) is None:
         return
+    facts = {path: [one.size, one.content_hash, one.remarks] for path, one in probed.items()}
+    added: _ArchiveFacts = {}
+    for path, source in ranges.items():
+        if path in facts:
+            known = added.setdefault(source.path, dict(archives.get(source.path, {})))
+            known[_place_of(source)] = facts.pop(path)
     try:
-        remembered.facts.remember({path: [one.size, one.content_hash, one.remarks] for path, one in probed.items()})
+        remembered.facts.remember(facts)
+        remembered.archives.remember(added)
     except (OSError, UserError) as error:
         remembered.say(cannot_write(remembered.cache, error))
+
+
+def _place_of(source: ByteRange) -> str:
+    return f"{source.offset}+{source.size}"
 
 
 def _remark_notes(remarks: Mapping[Path, Sequence[str]]) -> list[str]:
@@ -355,6 +386,18 @@ def _probe(path: Path, source: PictureData | None = None) -> _Probed:
     data = _bytes_at(path, source)
     decoded = _decode(path, data, "white")
     return _Probed(decoded.image.size, hashlib.sha256(data).hexdigest(), decoded.remarks)
+
+
+def _probe_each(paths: Sequence[Path], data: Mapping[Path, PictureData]) -> dict[Path, _Probed | UnreadablePicture]:
+    ranges = {path: source for path in paths if isinstance(source := data.get(path), ByteRange)}
+    known, archives = _known([path for path in paths if path not in data], ranges)
+    results: dict[Path, _Probed | UnreadablePicture] = {**known}
+    unknown = [path for path in paths if path not in results]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        results.update(zip(unknown, pool.map(_probe_or_error, unknown, map(data.get, unknown)), strict=True))
+    new = {path: result for path in unknown if isinstance(result := results[path], _Probed)}
+    _remember(new, ranges, archives)
+    return {path: results[path] for path in paths}
 
 
 def _probe_or_error(path: Path, source: PictureData | None) -> _Probed | UnreadablePicture:

@@ -15,6 +15,24 @@ class PictureData(Protocol):
 
 
 @dataclass(frozen=True)
+class ByteRange:
+    """A picture in an archive that is not compressed, by where its bytes are."""
+
+    path: Path
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        """Return the bytes. OSError: they are not there any more."""
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            data = file.read(self.size)
+        if len(data) < self.size:
+            raise OSError(f"{self.path} is shorter than it was")
+        return data
+
+
+@dataclass(frozen=True)
 class Mask:
     """How much each place of a picture is learned.
 

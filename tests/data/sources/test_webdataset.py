@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import random
 import re
 import tarfile
@@ -12,6 +13,8 @@ import pytest
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from PIL import Image
 
+from lorasmith import file_facts
+from lorasmith.data import images
 from lorasmith.data.captions import CaptionOptions
 from lorasmith.data.images import open_record
 from lorasmith.data.records import Scan
@@ -233,3 +236,34 @@ def test_what_is_left_out_is_said(tmp_path: Path) -> None:
     assert "1 samples have no picture that is read and are not used (b.txt)" in found.notes
     assert 'caption = "x" is not used: every picture has one of its own' in found.notes
     assert any(note.startswith("left out because they cannot be read (1 of 2)") for note in found.notes)
+
+
+def test_the_pictures_of_an_unchanged_shard_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file_facts, "_RACY", -1)
+    decoded: list[str] = []
+    decode = images._decode
+
+    def counting(path: Path, *args: Any, **options: Any) -> Any:
+        decoded.append(path.name)
+        return decode(path, *args, **options)
+
+    monkeypatch.setattr(images, "_decode", counting)
+    first, second = tmp_path / "shards" / "0.tar", tmp_path / "shards" / "1.tar"
+    pack(first, {"a.png": png(1), "a.txt": b"a", "b.png": png(2), "b.txt": b"b"})
+    pack(second, {"c.png": png(3), "c.txt": b"c"})
+
+    def scanned() -> tuple[dict[str, str], list[str]]:
+        decoded.clear()
+        with images.remembering(tmp_path / "cache", print):
+            records = scan(tmp_path / "shards").records
+        return {record.path.name: record.content_hash for record in records}, sorted(decoded)
+
+    hashes, all_decoded = scanned()
+    assert all_decoded == ["a.png", "b.png", "c.png"]
+    assert scanned() == (hashes, [])
+    stat = first.stat()
+    pack(first, {"a.png": png(4), "a.txt": b"a", "b.png": png(2), "b.txt": b"b"})
+    os.utime(first, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as an edit that puts the time back
+    changed, decoded_again = scanned()
+    assert decoded_again == ["a.png", "b.png"] and changed["a.png"] != hashes["a.png"]
+    assert {name: changed[name] for name in ("b.png", "c.png")} == {name: hashes[name] for name in ("b.png", "c.png")}

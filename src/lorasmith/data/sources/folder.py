@@ -148,9 +148,9 @@ def _parts_within(folder: Path, pattern: re.Pattern[str], caption: str | None, r
         match = next((match for name in names if (match := pattern.fullmatch(name))), None)
         name = path.as_posix() if path.parts else root.name
         if match:
-            parts.append(Part(Path(place), name, int(match[1]), match[2].strip(), True, pictures))
+            parts.append(Part(place, name, int(match[1]), match[2].strip(), True, pictures))
         else:
-            parts.append(Part(Path(place), name, repeats, caption, False, pictures))
+            parts.append(Part(place, name, repeats, caption, False, pictures))
     return parts
 
 

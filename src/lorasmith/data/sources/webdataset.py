@@ -18,7 +18,7 @@ from lorasmith.data.caption_files import accepted_extensions, chosen_lines, refu
 from lorasmith.data.images import extensions, probe_all
 from lorasmith.data.metadata_files import Entry
 from lorasmith.data.places import shards_of
-from lorasmith.data.records import ImageRecord, Scan
+from lorasmith.data.records import ByteRange, ImageRecord, Scan
 from lorasmith.data.subsets import Subset
 from lorasmith.errors import UserError
 
@@ -29,24 +29,6 @@ _PACKED = {
 }  # fmt: skip
 _BLOCK = 512
 _NUM_LISTED = 20
-
-
-@dataclass(frozen=True)
-class ByteRange:
-    """A member of a tar file, by where its bytes are."""
-
-    path: Path
-    offset: int
-    size: int
-
-    def read(self) -> bytes:
-        """Return the bytes. OSError: they are not there any more."""
-        with self.path.open("rb") as file:
-            file.seek(self.offset)
-            data = file.read(self.size)
-        if len(data) < self.size:
-            raise OSError(f"{self.path} is shorter than it was")
-        return data
 
 
 @dataclass(frozen=True)
