@@ -1065,17 +1065,25 @@ def _counted(count: int, noun: str) -> str:
 
 
 class ConvertConfig(Section):
-    """Write a LoRA as another program has it, or mend its names."""
+    """Write a LoRA as another program has it, or mend its names; or a base model as one file or a diffusers folder."""
 
     lora: Place | None = Field(
         default=None,
-        description="LoRA to convert: a file of any program, or a folder of PEFT's.",
+        description="LoRA to convert: a file of any program, or a folder of PEFT's; or a base model, for --to "
+        "checkpoint or diffusers.",
         json_schema_extra={"positional": "LORA"},
     )
-    to: Literal["kohya", "diffusers", "peft", "cloneofsimo", "d8ahazard", "ldm"] = Field(
-        default="kohya", description="Whose form to write; kohya is what UIs read, and mends names too."
+    to: Literal["kohya", "diffusers", "peft", "cloneofsimo", "d8ahazard", "ldm", "checkpoint"] = Field(
+        default="kohya",
+        description="Whose form to write; kohya is what UIs read, and mends names too. Base models: checkpoint is one "
+        "file, diffusers a folder.",
     )
-    output: Place | None = Field(default=None, description="File to write; for peft, a folder.")
+    output: Place | None = Field(
+        default=None, description="File to write; for peft, and for a base model as diffusers has it, a folder."
+    )
+    prediction: Literal["epsilon", "v_prediction"] | None = Field(
+        default=None, description="What the U-Net of a base model predicts, where the model itself does not say."
+    )
     save_precision: Literal["float", "fp16", "bf16"] | None = Field(
         default=None, description="Precision of the output; left out, that of the input."
     )

@@ -12,12 +12,15 @@ import struct
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from torch import Tensor
 
+from lorasmith.cache_folder import in_words
 from lorasmith.checkpoint import SAFE_DTYPES, Checkpoint, atomic_file, read_header, synced_folder
 from lorasmith.errors import UserError
 
@@ -29,6 +32,19 @@ _CHANGED_PARTS = ("", "unet", "text_encoder")  # folders of a diffusers model wh
 _BLOCK = 1 << 23
 _ALIGNMENT = 64  # of tensors in torch's archives, for those who map them into memory
 _SAFE_NAMES = {dtype: name for name, dtype in SAFE_DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A tensor of a file that is yet to be written; it is made when its turn comes."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 def check_output(checkpoint: Checkpoint, output: Path) -> None:
@@ -48,6 +64,21 @@ def check_output(checkpoint: Checkpoint, output: Path) -> None:
         raise UserError(
             f"--output {output}: {checkpoint.path} is one file, and what becomes of it is one too; give a name that "
             f"ends in .safetensors or .ckpt, such as {output}.safetensors."
+        )
+
+
+def check_space(output: Path, needed: int) -> None:
+    """Check that a model of so many bytes has room there.
+
+    Raises:
+        UserError: it has not.
+    """
+    folder = next(parent for parent in output.absolute().parents if parent.exists())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"--output {output}: the model needs {in_words(needed)}, and {in_words(free)} are free there; "
+            "make room, or write elsewhere. Nothing was written."
         )
 
 
@@ -185,20 +216,31 @@ def _plain(header: Mapping[str, Any]) -> dict[str, Any]:
 def _stream_safetensors(
     checkpoint: Checkpoint, names: Mapping[str, str], target: Path, dtypes: Mapping[str, torch.dtype], change: Change
 ) -> None:
-    """Write the tensors of a torch file, the widest numbers first, so that each lies at a multiple of its width."""
+    """Write the tensors of a torch file."""
     kinds = {name: dtypes.get(name, checkpoint.dtype(full)) for name, full in names.items()}
-    order = sorted(names, key=lambda name: -kinds[name].itemsize)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    tensors = {
+        name: Pending(checkpoint.shape(full), kinds[name], partial(_whole, checkpoint, full, name, dtypes, change))
+        for name, full in names.items()
+    }
+    write_pending(target, tensors, {})
+
+
+def write_pending(target: Path, tensors: Mapping[str, Pending], metadata: Mapping[str, str]) -> None:
+    """Write a `.safetensors` file tensor by tensor, the widest numbers first: each lies at a multiple of its width."""
+    order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}  # transformers asks for the format
     offset = 0
     for name in order:
-        shape = checkpoint.shape(names[name])
-        end = offset + torch.Size(shape).numel() * kinds[name].itemsize
-        header[name] = {"dtype": _SAFE_NAMES[kinds[name]], "shape": list(shape), "data_offsets": [offset, end]}
+        own = tensors[name]
+        end = offset + own.num_bytes
+        header[name] = {"dtype": _SAFE_NAMES[own.dtype], "shape": list(own.shape), "data_offsets": [offset, end]}
         offset = end
     with target.open("wb") as writing:
         _write_header(writing, header)
         for name in order:
-            _write(writing, _whole(checkpoint, names[name], name, dtypes, change))
+            _write(writing, tensors[name].make())
+        writing.flush()
+        os.fsync(writing.fileno())
 
 
 def _write_header(file: IO[bytes], header: Mapping[str, Any]) -> None:
@@ -261,7 +303,7 @@ def _patch_archive(
                     shutil.copyfileobj(data, out, _BLOCK)
                     continue
                 name, description = places[info.filename]
-                storage = torch.frombuffer(bytearray(data.read()), dtype=description.storage.dtype)
+                storage = torch.frombuffer(bytearray(data.read(info.file_size)), dtype=description.storage.dtype)
                 view = torch.as_strided(storage, description.shape, description.stride, description.offset)
                 view.copy_(change(name, view.contiguous()))
                 _write(out, storage)

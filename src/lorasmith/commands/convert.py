@@ -1,13 +1,17 @@
-"""`lorasmith convert`: write a LoRA as another program has it, or mend its names.
+"""`lorasmith convert`: write a LoRA as another program has it, or mend its names; or a base model in its other form.
 
     lorasmith convert lora.safetensors --to diffusers --output lora-diffusers.safetensors
+    lorasmith convert v1-5.safetensors --to diffusers --output v1-5
+    lorasmith convert v1-5 --to checkpoint --output v1-5.safetensors
 
-docs/formats.md says what each form is. The output is read back and compared before the command ends.
+docs/formats.md says what each form is. A LoRA is read back and compared before the command ends.
 """
 
 from collections import Counter
 from pathlib import Path
 
+from lorasmith import model_conversion
+from lorasmith.checkpoint import open_checkpoint
 from lorasmith.config import ConvertConfig
 from lorasmith.errors import UserError
 from lorasmith.formats import conversion
@@ -21,6 +25,10 @@ def run(cfg: ConvertConfig) -> int:
         raise UserError(
             f"missing: {missing}. For example: lorasmith convert lora.safetensors --output mended.safetensors"
         )
+    if cfg.to == "checkpoint" or model_conversion.is_model(cfg.lora):
+        return _convert_model(cfg, cfg.lora, cfg.output)
+    if cfg.prediction is not None:
+        raise UserError(f"--prediction is for base models, and {cfg.lora} is none; leave it out.")
     output = _checked_output(cfg.output, cfg.to, overwrite=cfg.overwrite)
     lora = read_any(cfg.lora)
     ready = conversion.prepare(lora, cfg.to, output.suffix, cfg.save_precision)
@@ -35,6 +43,26 @@ def run(cfg: ConvertConfig) -> int:
         )
     )
     return 1 if ready.left_out else 0
+
+
+def _convert_model(cfg: ConvertConfig, model: Path, output: Path) -> int:
+    """Convert a base model and return the exit code: 0, or 1 when tensors of no known use were left out."""
+    if cfg.to not in model_conversion.FORMS:
+        raise UserError(
+            f"{model} is a base model or a part of one, and --to {cfg.to} is for LoRAs; give --to checkpoint for one "
+            "file, or --to diffusers for a folder."
+        )
+    with open_checkpoint(str(model)) as checkpoint:
+        ready = model_conversion.prepare(checkpoint, cfg.to, prediction=cfg.prediction, precision=cfg.save_precision)
+        model_conversion.check_output(checkpoint, cfg.to, output, overwrite=cfg.overwrite)
+        model_conversion.write(output, ready)
+    print(f"{'read':<16}{model}: {ready.facts.title}, predicts {ready.facts.prediction}")
+    for note in ready.notes:
+        print(f"{'note':<16}{note}")
+    if ready.unknown:
+        print(f"{'left out':<16}{len(ready.unknown):,} tensors of no known use: {', '.join(ready.unknown)}")
+    print(f"{'wrote':<16}{output}: {ready.num_tensors:,} tensors")
+    return 1 if ready.unknown else 0
 
 
 def _checked_output(output: Path, to: str, *, overwrite: bool) -> Path:

@@ -7,7 +7,6 @@ All is checked before anything is written, and the result takes its place when i
 """
 
 import math
-import shutil
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,6 @@ from pathlib import Path
 import torch
 
 from lorasmith import lora_files, lora_merging, merging, model_families
-from lorasmith.cache_folder import in_words
 from lorasmith.checkpoint import Checkpoint, open_checkpoint
 from lorasmith.config import MergeConfig
 from lorasmith.errors import UserError
@@ -24,7 +22,7 @@ from lorasmith.formats import kohya
 from lorasmith.merging import Addition, Strength
 from lorasmith.model_families import AdapterPlace
 from lorasmith.network import part_of
-from lorasmith.rewriting import check_output, rewrite, size_of
+from lorasmith.rewriting import check_output, check_space, rewrite, size_of
 
 _NUM_SHOWN = 5
 
@@ -66,7 +64,7 @@ def _merge_into_model(cfg: MergeConfig, model: str, output: Path) -> int:
         strengths = zip(cfg.lora, _strengths(cfg, checkpoint), strict=True)
         additions = [merging.plan(path, family, places, strength) for path, strength in strengths]
         types = merging.dtypes(checkpoint, places, additions, cfg.save_precision)
-        _check_space(output, size_of(checkpoint, types))
+        check_space(output, size_of(checkpoint, types))
         for addition in additions:
             print(_told(addition))
         change = merging.changing(places, additions, types, cfg.precision)
@@ -118,16 +116,6 @@ def _check_place(cfg: MergeConfig, checkpoint: Checkpoint, output: Path) -> None
         raise UserError(f"--output {output} is {kind}, and would be replaced by something else; give another name.")
     if output.is_dir() and any(output.iterdir()) and not (output / "model_index.json").is_file():
         raise UserError(f"--output {output} is a folder that holds no diffusers model; give another name.")
-
-
-def _check_space(output: Path, needed: int) -> None:
-    folder = next(parent for parent in output.absolute().parents if parent.exists())
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise UserError(
-            f"--output {output}: the merged model needs {in_words(needed)}, and {in_words(free)} are free there; "
-            "make room, or write elsewhere. Nothing was written."
-        )
 
 
 def _check_can_be_verified(checkpoint: Checkpoint) -> None:

@@ -25,7 +25,7 @@ from lorasmith.models import tokenizer
 from lorasmith.models.base import AdapterPlace, Conditioning, LatentDiffusion, ModelFacts
 from lorasmith.models.keys import sd as keys
 from lorasmith.models.keys import sd_blocks
-from lorasmith.models.keys.sd import Family, Shape, Table
+from lorasmith.models.keys.sd import Family, Shape, Source, Table
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 ARCHITECTURE_KEY = "lorasmith.architecture"
 LATENT_SCALE = 0.18215  # the latents' standard deviation is about 1 after it
 _TITLES: dict[Family, str] = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x"}
+_TEXT_HEADS: dict[Family, int] = {"sd1": 12, "sd2": 16}
 _PAD: dict[Family, int] = {"sd1": tokenizer.END, "sd2": 0}
 _V_PREDICTION_NAMES = ("768-v", "v2-1_768", "768v")  # how the known SD2 files that predict v are called
 _PREDICTIONS: dict[str, Prediction] = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
@@ -202,6 +203,14 @@ class _Details:
     resolution: tuple[int, int] | None = None
 
 
+@dataclass(frozen=True)
+class Component:
+    """A part of a model: where its tensors are in the file, and its module on the meta device."""
+
+    table: Table
+    module: Any
+
+
 def matches(shapes: Mapping[str, Shape]) -> bool:
     """Return whether these are the tensors of a Stable Diffusion 1 or 2 model."""
     return _layout(shapes) is not None
@@ -230,7 +239,7 @@ def describe(checkpoint: Checkpoint, *, v2: bool | None, prediction: str | None,
     _check_vae(checkpoint.path, layout, vae)
     found, notes = _find_prediction(checkpoint, family, prediction)
     is_v = found == "v_prediction"
-    side = 768 if family == "sd2" and is_v else 512
+    side = _native_side(family, found)
     if family == "sd1":
         version, architecture = "sd_v1", "stable-diffusion-v1"
     else:
@@ -375,6 +384,61 @@ def load(
     )
 
 
+def components(checkpoint: Checkpoint) -> dict[str, Component]:
+    """Return the whole model's parts, checked, by the names that diffusers has for them: unet, text_encoder, vae.
+
+    A folder's text encoder may have all of OpenCLIP's layers; its table then has them too.
+
+    Raises:
+        UserError: tensors are missing, unexpected or of another shape; there is no VAE.
+    """
+    loader = _Loader(checkpoint, torch.device("meta"))
+    layout = _require_layout(loader.shapes)
+    if layout.vae is None:
+        raise UserError(f"{checkpoint.path} has no VAE in it; give a complete model.")
+    last = _last_layer(layout, loader.shapes)
+    _check_complete(
+        checkpoint.path, "text encoder", missing=[name for name in last.values() if name not in loader.shapes]
+    )
+    loader.shapes = {name: shape for name, shape in loader.shapes.items() if name not in last.values()}
+    found = {
+        "unet": Component(layout.unet, _make_unet(layout, loader)),
+        "text_encoder": Component(layout.text, _make_text_encoder(layout, loader)),
+        "vae": Component(layout.vae, _make_vae(layout.vae, loader)),
+    }
+    for part, component in found.items():
+        loader.check(part, component.module, component.table)
+    text = found["text_encoder"]
+    table = text.table | {module: Source(name) for module, name in last.items()}
+    return found | {"text_encoder": Component(table, text.module)}
+
+
+def _last_layer(layout: _Layout, shapes: Mapping[str, Shape]) -> dict[str, str]:
+    """Return where the layer is that SD2's text encoder does without, if a folder has it."""
+    start = layout.text[_TOKEN_EMBEDDING].name.removesuffix(_TOKEN_EMBEDDING)
+    layer = f"encoder.layers.{keys.NUM_OPENCLIP_LAYERS - 1}."
+    if layout.family != "sd2" or not any(name.startswith(start + layer) for name in shapes):
+        return {}
+    every = keys.clip_text(start, keys.NUM_OPENCLIP_LAYERS)
+    return {module: source.name for module, source in every.items() if module.startswith(layer)}
+
+
+def architecture(checkpoint: Checkpoint, facts: ModelFacts) -> dict[str, Any]:
+    """Return what shapes do not tell and is not Stable Diffusion's own; `ARCHITECTURE_KEY` holds it as JSON."""
+    details, shapes = _details(checkpoint), _shapes(checkpoint)
+    layout = _require_layout(shapes)
+    unet = _module_shapes(layout.unet, shapes)
+    widths = tuple(unet[f"down_blocks.{level}.resnets.0.conv1.weight"][0] for level in range(keys.NUM_LEVELS))
+    told = {
+        "unet_heads": (details.unet_heads, _unet_heads(layout.family, widths)),
+        "unet_norm_groups": (details.unet_groups, 32),
+        "vae_norm_groups": (details.vae_groups, 32),
+        "text_heads": (details.text_heads, _TEXT_HEADS[layout.family]),
+        "resolution": (facts.resolution, (_native_side(layout.family, facts.prediction),) * 2),
+    }
+    return {name: value for name, (value, own) in told.items() if value is not None and value != own}
+
+
 def _shapes(checkpoint: Checkpoint) -> dict[str, Shape]:
     return {name: tuple(checkpoint.shape(name)) for name in checkpoint.names()}
 
@@ -485,6 +549,10 @@ def _find_prediction(checkpoint: Checkpoint, family: Family, given: str | None) 
     return "v_prediction", [note]
 
 
+def _native_side(family: Family, prediction: Prediction) -> int:
+    return 768 if family == "sd2" and prediction == "v_prediction" else 512
+
+
 def _details(checkpoint: Checkpoint) -> _Details:
     """Return heads, groups and resolution as the metadata or a folder's configurations have them."""
     if checkpoint.path.is_dir():
@@ -567,6 +635,18 @@ class _Loader:
 
     def load(self, part: str, empty: nn.Module, table: Table, dtype: torch.dtype) -> Any:
         """Return the module, made on the meta device, with the file's tensors, frozen."""
+        self.check(part, empty, table)
+        tensors = keys.read(table, self.shapes.keys(), self.checkpoint.tensor)
+        state = {name: tensor.to(self._device, dtype, copy=True).contiguous() for name, tensor in tensors}
+        empty.load_state_dict(state, strict=True, assign=True)
+        return empty.requires_grad_(False).eval()
+
+    def check(self, part: str, empty: nn.Module, table: Table) -> None:
+        """Check that the file has what the module needs, and nothing else in its place.
+
+        Raises:
+            UserError: tensors are missing, unexpected or of another shape.
+        """
         expected = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
         found = keys.shapes(table, self.shapes)
         _check_complete(
@@ -580,10 +660,6 @@ class _Loader:
                 if found.get(name, shape) != shape
             ],
         )
-        tensors = keys.read(table, self.shapes.keys(), self.checkpoint.tensor)
-        state = {name: tensor.to(self._device, dtype, copy=True).contiguous() for name, tensor in tensors}
-        empty.load_state_dict(state, strict=True, assign=True)
-        return empty.requires_grad_(False).eval()
 
 
 def _check_complete(
@@ -612,9 +688,7 @@ def _shorten(names: Collection[str]) -> str:
 def _make_unet(layout: _Layout, loader: _Loader) -> nn.Module:
     table, levels = layout.unet, range(keys.NUM_LEVELS)
     widths = tuple(loader.shape(table, f"down_blocks.{level}.resnets.0.conv1.weight")[0] for level in levels)
-    heads = loader.details.unet_heads
-    if heads is None:  # SD1: 8 heads of any width; SD2: any number, 64 wide
-        heads = 8 if layout.family == "sd1" else tuple(max(1, width // 64) for width in widths)
+    heads = loader.details.unet_heads or _unet_heads(layout.family, widths)
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     build: Any = UNet2DConditionModel
@@ -635,6 +709,11 @@ def _make_unet(layout: _Layout, loader: _Loader) -> nn.Module:
         )
 
 
+def _unet_heads(family: Family, widths: tuple[int, ...]) -> int | tuple[int, ...]:
+    """Return SD1's 8 heads of any width, or SD2's of any number, 64 wide."""
+    return 8 if family == "sd1" else tuple(max(1, width // 64) for width in widths)
+
+
 def _make_text_encoder(layout: _Layout, loader: _Loader) -> nn.Module:
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -645,7 +724,7 @@ def _make_text_encoder(layout: _Layout, loader: _Loader) -> nn.Module:
         hidden_size=width,
         intermediate_size=loader.shape(layout.text, "encoder.layers.0.mlp.fc1.weight")[0],
         num_hidden_layers=keys.NUM_TEXT_LAYERS[layout.family],
-        num_attention_heads=loader.details.text_heads or (12 if layout.family == "sd1" else 16),
+        num_attention_heads=loader.details.text_heads or _TEXT_HEADS[layout.family],
         max_position_embeddings=keys.NUM_POSITIONS,
         hidden_act="quick_gelu" if layout.family == "sd1" else "gelu",
         bos_token_id=tokenizer.START,
@@ -657,6 +736,10 @@ def _make_text_encoder(layout: _Layout, loader: _Loader) -> nn.Module:
 
 
 def _load_vae(loader: _Loader, table: Table) -> Any:
+    return loader.load("VAE", _make_vae(table, loader), table, torch.float32)
+
+
+def _make_vae(table: Table, loader: _Loader) -> nn.Module:
     widths = tuple(
         loader.shape(table, f"encoder.down_blocks.{level}.resnets.0.conv1.weight")[0]
         for level in range(keys.NUM_LEVELS)
@@ -665,7 +748,7 @@ def _load_vae(loader: _Loader, table: Table) -> Any:
 
     build: Any = AutoencoderKL
     with torch.device("meta"):
-        empty = build(
+        return build(
             in_channels=3,
             out_channels=3,
             down_block_types=("DownEncoderBlock2D",) * keys.NUM_LEVELS,
@@ -675,4 +758,3 @@ def _load_vae(loader: _Loader, table: Table) -> Any:
             latent_channels=StableDiffusion.latent_channels,
             norm_num_groups=loader.details.vae_groups,
         )
-    return loader.load("VAE", empty, table, torch.float32)

@@ -210,14 +210,14 @@ def clip_text(prefix: str, num_layers: int) -> Table:
     return {name: Source(prefix + name) for name in names}
 
 
-def openclip_text() -> Table:
+def openclip_text(num_layers: int = NUM_TEXT_LAYERS["sd2"]) -> Table:
     """Return the text encoder's table for SD2's original files: OpenCLIP's names, query, key and value in one."""
     table = {
         "embeddings.token_embedding.weight": Source(OPENCLIP + "token_embedding.weight"),
         "embeddings.position_embedding.weight": Source(OPENCLIP + "positional_embedding"),
         **{f"final_layer_norm.{end}": Source(f"{OPENCLIP}ln_final.{end}") for end in _ENDS},
     }
-    for n in range(NUM_TEXT_LAYERS["sd2"]):
+    for n in range(num_layers):
         ours, theirs = f"encoder.layers.{n}", f"{OPENCLIP}transformer.resblocks.{n}"
         for end in _ENDS:
             table |= {f"{ours}.{a}.{end}": Source(f"{theirs}.{b}.{end}") for a, b in _OPENCLIP_LAYER.items()}
