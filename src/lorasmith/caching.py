@@ -93,6 +93,11 @@ class Maker:
     options: tuple[object, ...]
 
 
+def latents_maker(place: Path, device: torch.device) -> Maker:
+    """Return what encodes pictures: the VAE's file or folder, or that of a whole model. It always computes in fp32."""
+    return Maker(place, (device.type,))
+
+
 def open_store(kind: Encoded, cache: Path | None, model: LatentDiffusion, maker: Maker, say: Say) -> Store:
     """Return the store of what a loaded model encodes; without a cache one in memory."""
     if cache is None:
@@ -164,7 +169,7 @@ class _Latents(Mapping[LatentKey, tuple[Tensor, Tensor]]):
         entry = self._store.get(name)
         if entry is None:
             with self._encoding, lent(self.model.vae, self.model.device):
-                entry = {"moments": _encode(self.model, wanted.pixels())}
+                entry = {"moments": encode(self.model, wanted.pixels())}
                 self._store.put(name, entry)
         return entry["moments"]
 
@@ -197,7 +202,7 @@ def cached_posteriors(
         pixels = read_ahead(Wanted.pixels, mine, workers=workers)
         is_shown = is_shown and bool(mine)
         for one, picture in zip(mine, counted(pixels, len(mine), "caching latents", is_shown=is_shown), strict=True):
-            store.put(one.name, {"moments": _encode(model, picture)})
+            store.put(one.name, {"moments": encode(model, picture)})
         store.flush()
     with processes.together():
         store.look_up(list(shared))
@@ -229,7 +234,8 @@ def _empty_moments(model: LatentDiffusion, wanted: Wanted) -> Tensor:
 
 
 @torch.no_grad()
-def _encode(model: LatentDiffusion, pixels: Tensor) -> Tensor:
+def encode(model: LatentDiffusion, pixels: Tensor) -> Tensor:
+    """Return (2, C, H/f, W/f), mean and std of one picture's latents: alone, since its neighbours would change bits."""
     return torch.cat(model.encode_image(pixels[None])).cpu()
 
 

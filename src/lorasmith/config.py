@@ -341,6 +341,14 @@ class DataSection(Section):
         default=None,
         description="The cache folder; left out, the environment's LORASMITH_CACHE, or where the system has caches.",
     )
+    npz: bool = Field(
+        default=False,
+        description="Take latents from sd-scripts' .npz files beside the pictures where they fit (docs/prepare.md); "
+        "nothing in these says which VAE made them.",
+    )
+    npz_dir: Place | None = Field(
+        default=None, description="Folder of these files, laid out like that of the pictures, instead of beside them."
+    )
     workers: Annotated[int, Field(ge=0)] = Field(
         default=2, description="Threads that prepare batches ahead; the number never changes the result."
     )
@@ -506,9 +514,6 @@ def contradictions(cfg: TrainConfig) -> list[str]:
     """Return one sentence for each pair of options that cannot both be meant."""
     data, training, network, optimizer = cfg.data, cfg.training, cfg.network, cfg.optimizer
     augmentations = changing_augmentations(data)
-    bucket_limits = [name for name in ("bucket_min", "bucket_max") if _is_changed(data, name)]
-    bucket_options = [*bucket_limits, "bucket_step", "bucket_rule", "bucket_no_upscale"]
-    bucket_options = [name for name in bucket_options if _is_changed(data, name)]
     in_file = [name for name in ("images", "regularization", "captions", "caption") if getattr(data, name) is not None]
     checks = {
         f"dataset_config names folders and captions by itself, but {' and '.join(in_file)} "
@@ -518,6 +523,13 @@ def contradictions(cfg: TrainConfig) -> list[str]:
         "masks and alpha_mask both say which places are learned; leave out one of them": data.masks and data.alpha_mask,
         f"cache_latents keeps each picture as it is, but {' and '.join(augmentations)} would change it every time; "
         "leave out one or the other": data.cache_latents and augmentations,
+        f"npz files hold pictures as they were cut, but {' and '.join(augmentations)} would change them every time; "
+        "leave out one or the other": data.npz and augmentations,
+        "npz takes latents that were encoded once, but cache_latents is off, to encode them for every step; leave out "
+        "one of them": data.npz and data.cache_latents is False,
+        "npz_dir says where npz files are, but npz, to use them, is missing; add it, or leave the other out": (
+            data.npz_dir and not data.npz and not cfg.resume
+        ),
         "prompts are given, but nothing draws them: before_after is off, and sample_every_steps and "
         "sample_every_epochs are left out; give one of these, or leave out prompts": cfg.samples.prompts
         and not (cfg.samples.before_after or cfg.samples.sample_every_steps or cfg.samples.sample_every_epochs),
@@ -527,12 +539,7 @@ def contradictions(cfg: TrainConfig) -> list[str]:
         "unet_lr is given, but train = text_encoder leaves the U-Net alone; leave out one of them": (
             optimizer.unet_lr and network.train == "text_encoder"
         ),
-        f"bucket_min = {data.bucket_min} is larger than bucket_max = {data.bucket_max}; swap them": (
-            data.buckets and data.bucket_min > data.bucket_max
-        ),
-        f"bucket_step = {data.bucket_step} is not a multiple of 8; use 64, or 8 for the finest buckets": (
-            data.bucket_step % 8
-        ),
+        **dict.fromkeys(_bucket_contradictions(data, are_in_file=data.dataset_config is not None), True),
         f"lr_warmup_steps = {optimizer.lr_warmup_steps} is not below steps = {training.steps}; "
         "lower the first or raise the second": training.steps and optimizer.lr_warmup_steps >= training.steps,
         f"captions names a metadata JSON, but source = {data.source} has captions of its own; leave out one of them": (
@@ -543,12 +550,8 @@ def contradictions(cfg: TrainConfig) -> list[str]:
         "captions names a metadata JSON, but images, the folder of its pictures, is missing": (
             data.captions and not data.images and not cfg.resume
         ),
-        f"{' and '.join(bucket_options)} would change the buckets, but they are off; "
-        "add buckets, or leave out the other": not data.buckets and not data.dataset_config and bucket_options,
         "dataset_root is for the paths in a dataset file, but dataset_config, the file, is missing; give it, or leave "
         "the other out": data.dataset_root and not data.dataset_config and not cfg.resume,
-        f"bucket_no_upscale takes the buckets from the pictures' own sizes, so {' and '.join(bucket_limits)} would "
-        "have no effect; leave out one or the other": data.bucket_no_upscale and bucket_limits,
         **dict.fromkeys(
             separator_contradictions(
                 data.keep_tokens, data.keep_tokens_separator, data.caption_separator, data.secondary_separator
@@ -608,6 +611,24 @@ def separator_contradictions(
         f"keep_tokens_separator = {keep_tokens_separator} is part of caption_separator = "
         f"{caption_separator}; give one that is not": keep_tokens_separator
         and keep_tokens_separator in caption_separator,
+    }
+    return [message for message, is_wrong in checks.items() if is_wrong]
+
+
+def _bucket_contradictions(given: "DataSection | PrepareConfig", *, are_in_file: bool = False) -> list[str]:
+    limits = [name for name in ("bucket_min", "bucket_max") if _is_changed(given, name)]
+    changed = [name for name in _BUCKET_OPTIONS if _is_changed(given, name)]
+    checks = {
+        f"bucket_min = {given.bucket_min} is larger than bucket_max = {given.bucket_max}; swap them": (
+            given.buckets and given.bucket_min > given.bucket_max
+        ),
+        f"bucket_step = {given.bucket_step} is not a multiple of 8; use 64, or 8 for the finest buckets": (
+            given.bucket_step % 8
+        ),
+        f"{' and '.join(changed)} would change the buckets, but they are off; "
+        "add buckets, or leave out the other": not given.buckets and not are_in_file and changed,
+        f"bucket_no_upscale takes the buckets from the pictures' own sizes, so {' and '.join(limits)} would "
+        "have no effect; leave out one or the other": given.bucket_no_upscale and limits,
     }
     return [message for message, is_wrong in checks.items() if is_wrong]
 
@@ -1107,6 +1128,81 @@ class InspectConfig(Section):
     overwrite: bool = Field(default=False, description="Replace the JSON file and the picture if they exist.")
 
 
+class PrepareConfig(Section):
+    """Encode pictures ahead of training, on one machine or many."""
+
+    folder: Place | None = Field(
+        default=None,
+        description="Folder of pictures, as you will train them: a parent of DreamBooth folders "
+        "(`N_identifier class`), one of them, or a plain folder.",
+        json_schema_extra={"positional": "DIR"},
+    )
+    base: PlaceOrHubId = Field(
+        default="", description="Base model that you will train for: a file, a diffusers folder, or a hub id."
+    )
+    vae: PlaceOrHubId | None = Field(
+        default=None, description="Another VAE instead of the base model's own: a file or a folder."
+    )
+    prediction: Literal["epsilon", "v_prediction"] | None = Field(
+        default=None, description="What the U-Net predicts, as you will train; for SD 2.x it decides the resolution."
+    )
+    captions: Place | None = Field(
+        default=None, description="Metadata file, JSON or JSONL: only the pictures that it names."
+    )
+    recursive: bool = Field(default=False, description="Use the pictures of folders in folders too.")
+    resolution: Size | None = Field(
+        default=None,
+        description="Training size in pixels, one side or width,height; left out, the model's own (512 or 768).",
+    )
+    buckets: bool = Field(
+        default=False, description="Sort pictures into buckets of like aspect ratio instead of one shape."
+    )
+    bucket_min: PositiveInt = Field(default=256, description="Smallest side of a bucket in pixels.")
+    bucket_max: PositiveInt = Field(default=1024, description="Largest side of a bucket in pixels.")
+    bucket_step: PositiveInt = Field(default=64, description="Bucket sides are multiples of this many pixels.")
+    bucket_rule: Literal["less-crop", "sd-scripts"] = Field(
+        default="less-crop", description="How a picture finds its bucket, as you will train."
+    )
+    bucket_no_upscale: bool = Field(default=False, description="Never enlarge a picture.")
+    flip: bool = Field(default=False, description="Encode mirror images too, for train --flip.")
+    alpha_color: Color = Field(default="white", description="Colour that is seen through transparent pictures.")
+    max_megapixels: PositiveInt = Field(default=179, description="Leave out pictures of more million pixels.")
+    device: str = Field(default="auto", description="Where to compute: auto, cpu, cuda, cuda:1, mps.")
+    shard: Shard | None = Field(
+        default=None, description="Do only part i of n parts, as in 2/4, so that several machines share the work."
+    )
+    cache_dir: CacheDir | None = Field(
+        default=None,
+        description="The cache folder; left out, the environment's LORASMITH_CACHE, or where the system has caches.",
+    )
+    npz: bool = Field(
+        default=False, description="Write sd-scripts' .npz files beside the pictures, instead of into the cache."
+    )
+    npz_form: Literal["today", "2022"] = Field(
+        default="today", description="Which files sd-scripts reads: those of its newest version, or of its first."
+    )
+    npz_dir: Place | None = Field(
+        default=None, description="Write these files into this folder, laid out like DIR, instead of beside."
+    )
+    output: Place | None = Field(
+        default=None,
+        description="Metadata file, .json or .jsonl, to write with each picture's train_resolution; an older one is "
+        "added to.",
+    )
+    overwrite: bool = Field(default=False, description="Write .npz files anew that are there already.")
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "PrepareConfig":
+        given = [name for name in ("npz_form", "npz_dir", "output", "overwrite") if _is_changed(self, name)]
+        if given and not self.npz:
+            raise ValueError(f"{' and '.join(given)} can do nothing without npz; add it, or leave the other out")
+        if self.captions and self.recursive:
+            raise ValueError("captions names the pictures, so recursive can do nothing; leave out one of them")
+        if wrong := _bucket_contradictions(self):
+            raise ValueError("\n".join(wrong))
+        return self
+
+
 COMMANDS: dict[str, type[Section]] = {
     "train": TrainConfig,
     "demo": DemoConfig,
@@ -1115,6 +1211,7 @@ COMMANDS: dict[str, type[Section]] = {
     "caption": CaptionConfig,
     "tag": TagConfig,
     "cache": CacheConfig,
+    "prepare": PrepareConfig,
     "merge": MergeConfig,
     "extract": ExtractConfig,
     "resize": ResizeConfig,

@@ -116,6 +116,19 @@ def mask_lines(records: Sequence[ImageRecord], background: float, *, by_area: bo
     ]
 
 
+def npz_lines(num_found: int, lacking: Sequence[str], masked: Sequence[str]) -> list[str]:
+    """Say how many pictures' latents come from .npz files, which lack a file, and of which it holds a mask."""
+    lines = [
+        f"{num_found} of {_pictures(num_found + len(lacking))} from .npz files, one frozen draw each; which VAE made "
+        "them, from which pixels, is not known"
+    ]
+    if lacking:
+        lines.append(f"encoded, as no .npz file fits: {_some(lacking)}")
+    if masked:
+        lines.append(f"the alpha_mask in .npz files is not used; --alpha-mask takes the pictures' own: {_some(masked)}")
+    return lines
+
+
 def memory_line(parts: Mapping[str, int]) -> str:
     """Say how many bytes are needed in all and by what."""
     total = sum(parts.values())

@@ -143,6 +143,16 @@ def _peers() -> Iterator[None]:
         ) from error
 
 
+def make_deterministic(device: torch.device) -> None:
+    """Let equal work on a GPU give equal bytes; on the CPU it does so anyway."""
+    if device.type != "cuda":
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # finds bugs, costs time
+
+
 def choose_device(name: str) -> str:
     """Return the device that `auto` means here, or `name` itself."""
     if name != "auto":

@@ -15,7 +15,7 @@ CHANGEABLE = {
     "resume", "dry_run", "base", "vae", "images", "regularization", "captions", "masks", "weights", "output",
     "source", "image_column", "caption_column", "dataset_split",
     "steps", "epochs", "workers", "device", "batch_size", "cache_latents", "skip_unreadable", "max_megapixels",
-    "disk_cache", "cache_dir",
+    "disk_cache", "cache_dir", "npz_dir",
     "gradient_checkpointing", "dataset_config", "dataset_root",
     "save_every_epochs", "save_every_steps", "state_every_steps", "keep_states", "format", "save_precision",
     "title", "author", "description", "license", "tags", "trigger_phrase", "comment", "share_captions",

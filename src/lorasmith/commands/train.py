@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,13 @@ from lorasmith.caching import (
     caption_name,
     count_cached,
     lasting_captions,
+    latents_maker,
     open_store,
 )
 from lorasmith.checkpoint import atomic_file, open_checkpoint
 from lorasmith.command_line import quoted
 from lorasmith.config import TrainConfig
-from lorasmith.data import captions, dataset_config, dataset_metadata
+from lorasmith.data import captions, dataset_config, dataset_metadata, npz_latents
 from lorasmith.data.buckets import Buckets, CropPlan, Size
 from lorasmith.data.captions import CaptionOptions
 from lorasmith.data.dataset import Dataset, Posteriors
@@ -66,10 +67,11 @@ from lorasmith.plan_page import (
     dataset_lines,
     mask_lines,
     memory_line,
+    npz_lines,
     plan_page,
     shape_lines,
 )
-from lorasmith.processes import Processes
+from lorasmith.processes import Processes, make_deterministic
 from lorasmith.progress import Progress, counted, memory_free
 from lorasmith.report import ReportContents, write_report
 from lorasmith.resume import merge_options
@@ -99,7 +101,7 @@ _STOPPING = "stopping after this step, then saving; once more ends at once, with
 _PLACES = (  # options of a run that name something on the disk, so that it can be gone on with from anywhere
     ("model", "base"), ("model", "vae"), ("network", "weights"),
     ("data", "images"), ("data", "regularization"), ("data", "captions"), ("data", "masks"),
-    ("data", "dataset_config"),
+    ("data", "dataset_config"), ("data", "npz_dir"),
 )  # fmt: skip
 _ENCODED_TITLES: dict[Encoded, str] = {"latents": "latents", "text": "text embeddings"}
 _PART_TITLES = {"text_encoder": "text encoder", "unet": "U-Net"}
@@ -126,10 +128,23 @@ class Preparation:
     total_steps: int
     prompts: list[str]
     cached: list[bool]  # of each data set, whether its latents are
+    npz: "NpzFiles"
     fingerprint: str
     state: State | None
     cache: Path | None
     say: Say
+
+
+@dataclass(frozen=True)
+class NpzFiles:
+    """Whose latents come from .npz files, by record index, with a hash of these; which pictures lack one, and why.
+
+    masked: pictures whose file holds a mask.
+    """
+
+    found: dict[int, tuple[npz_latents.Wish, str]]
+    lacking: list[str]
+    masked: list[str]
 
 
 def run(cfg: TrainConfig) -> int:
@@ -205,16 +220,18 @@ def prepare(cfg: TrainConfig, processes: Processes, state: State | None) -> Prep
             f"lr_warmup_steps = {cfg.optimizer.lr_warmup_steps} is not below the run's {total_steps} steps; "
             "lower the first, or train longer with --steps or --epochs."
         )
-    fingerprint = _fingerprint(gathered, plan.num_processes)
+    cached = [_caches_latents(cfg, dataset) for dataset in datasets]
+    npz = _npz_files(cfg, facts, gathered, cached, processes)
+    fingerprint = _fingerprint(gathered, npz, plan.num_processes)
     if state is not None:
-        _check_processes_of_shards(state, gathered, plan)
+        _check_processes_of_shards(state, gathered, plan, npz)
         _check_resumable(state, fingerprint, plan, total_steps)
     return Preparation(
         facts, precision, shapes, rank, alpha, datasets[0].resolution, datasets, gathered.records, gathered.crops,
         [subset.for_run_of(total_steps) for subset in gathered.subsets],
         [*notes, *gathered.notes, *_cut_notes(cfg, gathered), *plan.notes],
         plan, validation_plan(plan, gathered.records, seed=_validation_seed(cfg)), total_steps, _prompts(cfg, gathered),
-        [_caches_latents(cfg, dataset) for dataset in datasets], fingerprint, state, cache_place, say,
+        cached, npz, fingerprint, state, cache_place, say,
     )  # fmt: skip
 
 
@@ -232,7 +249,46 @@ def _caches_latents(cfg: TrainConfig, dataset: DatasetRules) -> bool:
     return not dataset.changing_augmentations if cfg.data.cache_latents is None else cfg.data.cache_latents
 
 
-def _fingerprint(gathered: Gathered, num_processes: int) -> str:
+def _npz_files(
+    cfg: TrainConfig,
+    facts: model_families.ModelFacts,
+    gathered: Gathered,
+    cached: Sequence[bool],
+    processes: Processes,
+) -> NpzFiles:
+    """Look for latents in .npz files, if these are asked for.
+
+    Raises:
+        UserError: the processes do not see the same files.
+    """
+    files = NpzFiles({}, [], [])
+    if not cfg.data.npz:
+        return files
+    for index, (record, crop) in enumerate(zip(gathered.records, gathered.crops, strict=True)):
+        subset, (width, height) = gathered.subsets[record.subset], crop.shape
+        shape = (facts.latent_channels, height // facts.latent_factor, width // facts.latent_factor)
+        try:
+            if record.data is not None or not cached[record.dataset]:
+                raise npz_latents.Unfit("it changes each time" if record.data is None else "it is no file of its own")
+            stem = npz_latents.stem_of(record.path, Path(subset.place), cfg.data.npz_dir)
+            wish = npz_latents.Wish(stem, record.size, crop, shape, subset.augmentation.flip)
+            found = npz_latents.find(wish)
+        except npz_latents.Unfit as error:
+            files.lacking.append(f"{record.path.name} ({error})")
+            continue
+        files.found[index] = wish, found.content_hash
+        if found.has_mask:
+            files.masked.append(record.path.name)
+    if len({str(other) for other in processes.gather(_npz_facts(files))}) > 1:
+        raise UserError("the processes see different .npz files; give all machines the same, or leave npz out.")
+    return files
+
+
+def _npz_facts(files: NpzFiles) -> list[str]:
+    return [f"{index} {content_hash}" for index, (_, content_hash) in files.found.items()]
+
+
+def _fingerprint(gathered: Gathered, npz: NpzFiles, num_processes: int) -> str:
     """Return what stands for the data in a state: nothing in it says where they lie, unless processes share shards."""
     facts = [f"{record.identity} {crop}" for record, crop in zip(gathered.records, gathered.crops, strict=True)] + [
         str(subset.placeless) for subset in gathered.subsets
@@ -240,7 +296,7 @@ def _fingerprint(gathered: Gathered, num_processes: int) -> str:
     shards = [record.shard for record in gathered.records]
     if num_processes > 1 and any(shard is not None for shard in shards):
         facts += [f"{num_processes} processes", str(shards)]
-    return data_fingerprint(facts)
+    return data_fingerprint(facts + _npz_facts(npz))
 
 
 def _missing_prior_pictures(cfg: TrainConfig) -> prior_pictures.Missing | None:
@@ -312,7 +368,7 @@ def train(cfg: TrainConfig, ready: Preparation, processes: Processes) -> int:
 def _session(cfg: TrainConfig, ready: Preparation, processes: Processes) -> "_Session":
     """Load the model, and put network, optimizer and stepper on it, as a state left them if there is one."""
     device, state = processes.device, ready.state
-    _make_deterministic(device)
+    make_deterministic(device)
     if processes.is_main and cfg.log.progress:
         print(f"loading {cfg.model.base}", flush=True)
     model = _load_model(cfg, ready, device)
@@ -720,11 +776,12 @@ def _anywhere(options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _check_processes_of_shards(state: State, gathered: Gathered, plan: Plan) -> None:
+def _check_processes_of_shards(state: State, gathered: Gathered, plan: Plan, npz: NpzFiles) -> None:
     """Refuse to go on with shards that were shared among another number of processes."""
     counts = range(1, max(state.facts.unit_sizes) + 1)
-    before = next((count for count in counts if state.facts.data_fingerprint == _fingerprint(gathered, count)), None)
-    if before is not None and _fingerprint(gathered, before) != _fingerprint(gathered, plan.num_processes):
+    fingerprint = partial(_fingerprint, gathered, npz)
+    before = next((count for count in counts if state.facts.data_fingerprint == fingerprint(count)), None)
+    if before is not None and fingerprint(before) != fingerprint(plan.num_processes):
         raise UserError(
             f"the run was started with {before} process{'es' * (before > 1)}, and {plan.num_processes} are given now; "
             "its pictures lie in tar shards, each read by one process alone, so the number of processes decides which "
@@ -736,9 +793,9 @@ def _check_resumable(state: State, fingerprint: str, plan: Plan, total_steps: in
     """Refuse to go on with other data, another global batch, or a run that is over."""
     if state.facts.data_fingerprint != fingerprint:
         raise UserError(
-            "the pictures, captions or masks are not those that the run was started with, or the dataset file says "
-            "something else of them, so it cannot go on as it was. Put them back, or start a new run from the saved "
-            "LoRA with --weights."
+            "the pictures, captions or masks are not those that the run was started with, or the dataset file or .npz "
+            "files say something else of them, so it cannot go on as it was. Put them back, or start a new run from "
+            "the saved LoRA with --weights."
         )
     if state.facts.unit_sizes != plan.unit_sizes:
         raise UserError(
@@ -986,16 +1043,6 @@ def _network(cfg: TrainConfig, model: LatentDiffusion) -> Network:
     )
 
 
-def _make_deterministic(device: torch.device) -> None:
-    """Let equal runs on a GPU give equal bytes; on the CPU they do so anyway."""
-    if device.type != "cuda":
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # finds bugs, costs time
-
-
 def _dataset(
     cfg: TrainConfig, ready: Preparation, model: LatentDiffusion, processes: Processes, store: Store | None
 ) -> Dataset:
@@ -1021,7 +1068,8 @@ def _posteriors(
     """Return the latents of all pictures of cached data sets that this process may need."""
     wanted = {key: one for key, one in _wanted(ready).items() if ready.plan.reads(key[0], processes.index)}
     is_shown = cfg.log.progress and processes.is_main
-    return cached_posteriors(model, wanted, store, processes, workers=cfg.data.workers, is_shown=is_shown)
+    encoded = cached_posteriors(model, wanted, store, processes, workers=cfg.data.workers, is_shown=is_shown)
+    return npz_latents.WithFiles(ready.npz.found, model.latent_scale, encoded) if ready.npz.found else encoded
 
 
 def _wanted(ready: Preparation) -> dict[LatentKey, Wanted]:
@@ -1029,7 +1077,7 @@ def _wanted(ready: Preparation) -> dict[LatentKey, Wanted]:
     wanted = {}
     for index in _used(ready):
         record = ready.records[index]
-        if ready.cached[record.dataset]:
+        if ready.cached[record.dataset] and index not in ready.npz.found:
             subset = ready.subsets[record.subset]
             for is_mirrored in (False, True) if subset.augmentation.flip else (False,):
                 wanted[index, is_mirrored] = Wanted(record, ready.crops[index], subset, is_mirrored)
@@ -1065,11 +1113,11 @@ def _teller(processes: Processes) -> Say:
 
 def _makers(cfg: TrainConfig, ready: Preparation, device: torch.device) -> dict[Encoded, Maker]:
     """Return what encodes pictures and captions: files, and options that decide the result."""
-    base, vae = (None if name is None else _place(name) for name in (cfg.model.base, cfg.model.vae))
-    assert base is not None
+    base = _place(cfg.model.base)
+    vae = base if cfg.model.vae is None else _place(cfg.model.vae)
     options = cfg.model.clip_skip, cfg.data.max_token_length, cfg.data.weighted_captions, cfg.training.attention
     return {
-        "latents": Maker(vae or base, (device.type,)),
+        "latents": latents_maker(vae, device),
         "text": Maker(base, (device.type, ready.precision, *options)),
     }
 
@@ -1134,7 +1182,10 @@ def _page(cfg: TrainConfig, ready: Preparation, processes: Processes) -> str:
         "captions": caption_lines(training_records) + _caption_rules(ready),
         "shapes": shape_lines(ready.records, ready.crops),
         "masks": mask_lines(ready.records, cfg.data.mask_background, by_area=cfg.data.mask_loss == "area"),
-        "latents": [_latents_line(cfg, ready.datasets, ready.cached)],
+        "latents": [
+            _latents_line(cfg, ready.datasets, ready.cached),
+            *(npz_lines(len(ready.npz.found), ready.npz.lacking, ready.npz.masked) if cfg.data.npz else []),
+        ],
         "cache": _cache_lines(cfg, ready, processes),
         "steps": [
             f"{ready.total_steps} steps = {ready.total_steps / plan.steps_per_epoch:.4g} epochs of "

@@ -1,5 +1,5 @@
-"""What captioners and taggers have in common: which pictures are this process's, reading them ahead, batches, progress,
-and text files beside them that are whole or not there.
+"""What commands that go through many pictures have in common: which are this process's, reading them ahead, batches,
+progress, and text files beside them that are whole or not there.
 
 A start does what is missing and stops politely; the next one goes on from there.
 """
@@ -34,8 +34,9 @@ from lorasmith.data.images import (
 from lorasmith.errors import UserError
 from lorasmith.interrupt import StopRequest
 
+_Item = TypeVar("_Item")
+_Read = TypeVar("_Read")
 _Made = TypeVar("_Made")
-Read = tuple[Path, "Image.Image | UnreadablePicture"]
 _NUM_THREADS = 4
 _SECONDS_BETWEEN_LINES = 30.0
 _MEMORY_WORDS = ("out of memory", "allocate memory", "not enough memory", "bad allocation")
@@ -75,18 +76,22 @@ def find_pictures(folder: Path, *, recursive: bool) -> tuple[list[Path], list[st
     require_folder(folder)
     places = folders_within(folder) if recursive else [folder]
     pictures = [path for place in places for path in pictures_in(place)]
-    foreign = [path for place in places for path in foreign_pictures_in(place)]
-    notes = []
-    if foreign:
-        notes.append(
-            f"left out, of kinds that are not read: {_counted(foreign)} ({advice_for_foreign(foreign)}):"
-            f"{listed(foreign)}"
-        )
+    notes = foreign_notes(places)
     if not pictures:
         deeper = 0 if recursive else sum(len(pictures_in(place)) for place in folders_within(folder))
         hint = f"; {deeper} lie in folders in it: give --recursive" if deeper else "; check the path"
         raise UserError("\n".join([f"no pictures found in {folder}{hint}.", *notes]))
     return pictures, notes
+
+
+def foreign_notes(folders: Sequence[Path]) -> list[str]:
+    """Return a note on pictures in these folders of kinds that are not read."""
+    foreign = [path for place in folders for path in foreign_pictures_in(place)]
+    if not foreign:
+        return []
+    return [
+        f"left out, of kinds that are not read: {_counted(foreign)} ({advice_for_foreign(foreign)}):{listed(foreign)}"
+    ]
 
 
 @dataclass(frozen=True)
@@ -180,33 +185,51 @@ def label(
     batch_size: int,
     shard: Shard,
 ) -> Outcome:
-    """Give all pictures to `make` in batches, and each result to `keep`.
+    """Give all pictures to `make` in batches, and each result to `keep`; see `work_through`."""
+    advice = f"--batch-size {batch_size}: lower it; what is written stays"
+    return work_through(pictures, open_image, make, keep, batch_size=batch_size, shard=shard, advice=advice)
 
-    A picture that cannot be read, or that `keep` refuses with a UserError, becomes a problem; the others go on. Ctrl+C
-    ends after the batch.
+
+def work_through(
+    items: Sequence[_Item],
+    read: Callable[[_Item], _Read],
+    make: Callable[[list[_Read]], Sequence[_Made]],
+    keep: Callable[[_Item, _Made], None],
+    *,
+    batch_size: int,
+    shard: Shard,
+    advice: str,
+) -> Outcome:
+    """Read all items, one a picture, give them to `make` in batches, and each result to `keep`.
+
+    What `read` cannot read (UnreadablePicture), or `keep` refuses with a UserError, becomes a problem; the others go
+    on. Ctrl+C ends after the batch.
+
+    Args:
+        advice: what to do when the memory is not enough.
 
     Raises:
-        UserError: the memory is not enough for a batch.
+        UserError: the memory is not enough for a batch; or `make` raises it.
     """
     outcome = Outcome()
     with (
         StopRequest(
             "stopping after this batch; what is written stays, and the same command goes on from there"
         ) as stop,
-        _Progress(len(pictures), shard) as progress,
+        _Progress(len(items), shard) as progress,
     ):
-        for batch in _batches(pictures, batch_size):
-            problems = [str(image) for _, image in batch if isinstance(image, UnreadablePicture)]
-            readable = [(path, image) for path, image in batch if not isinstance(image, UnreadablePicture)]
-            with enough_memory(f"--batch-size {batch_size}: lower it; what is written stays"):
-                made = make([image for _, image in readable]) if readable else []
+        for batch in _batches(items, read, batch_size):
+            problems = [str(found) for _, found in batch if isinstance(found, UnreadablePicture)]
+            readable = [(item, found) for item, found in batch if not isinstance(found, UnreadablePicture)]
+            with enough_memory(advice):
+                made = make([found for _, found in readable]) if readable else []
             if len(made) != len(readable):
                 raise UserError(
                     f"the module gave {len(made)} results for {len(readable)} pictures; expected one for each."
                 )
-            for (path, _), one in zip(readable, made, strict=True):
+            for (item, _), one in zip(readable, made, strict=True):
                 try:
-                    keep(path, one)
+                    keep(item, one)
                     outcome.num_done += 1
                 except UserError as error:
                     problems.append(str(error))
@@ -234,16 +257,18 @@ def enough_memory(advice: str) -> Iterator[None]:
         raise UserError(message) from error
 
 
-def _batches(pictures: Sequence[Path], size: int) -> Iterator[list[Read]]:
-    """Return the pictures read, a batch at a time; threads read the next batch meanwhile."""
-    waiting: deque[Future[Read]] = deque()
-    left = iter(pictures)
+def _batches(
+    items: Sequence[_Item], read: Callable[[_Item], _Read], size: int
+) -> Iterator[list[tuple[_Item, _Read | UnreadablePicture]]]:
+    """Return the items read, a batch at a time; threads read the next ones meanwhile."""
+    waiting: deque[Future[tuple[_Item, _Read | UnreadablePicture]]] = deque()
+    left = iter(items)
     with ThreadPoolExecutor(min(_NUM_THREADS, os.cpu_count() or 1)) as pool:
         try:
             while True:
-                for path in left:
-                    waiting.append(pool.submit(_read, path))
-                    if len(waiting) >= 2 * size:
+                for item in left:
+                    waiting.append(pool.submit(_read_one, item, read))
+                    if len(waiting) >= size + max(size, _NUM_THREADS):
                         break
                 if not waiting:
                     return
@@ -252,11 +277,11 @@ def _batches(pictures: Sequence[Path], size: int) -> Iterator[list[Read]]:
             pool.shutdown(cancel_futures=True)
 
 
-def _read(path: Path) -> Read:
+def _read_one(item: _Item, read: Callable[[_Item], _Read]) -> tuple[_Item, _Read | UnreadablePicture]:
     try:
-        return path, open_image(path)
+        return item, read(item)
     except UnreadablePicture as error:
-        return path, error
+        return item, error
 
 
 class _Progress:
@@ -299,15 +324,23 @@ class _Progress:
 # ---- what is told --------------------------------------------------------------------------------------------------
 
 
-def summary(outcome: Outcome, shard: Shard, done: str, num_existing: int, notes: Sequence[str]) -> str:
+def summary(
+    outcome: Outcome,
+    shard: Shard,
+    done: str,
+    num_existing: int,
+    notes: Sequence[str],
+    hint: str = " (--existing says what becomes of them)",
+) -> str:
     """Return what is said at the end: what was written, what was there, and each picture that was left out.
 
     Args:
         done: what `outcome.num_done` counts, and where: "captions written beside the pictures in photos".
         num_existing: pictures of this part that had theirs already.
+        hint: what to say of these.
     """
     lines = [f"shard {shard}"] if shard.count > 1 else []
-    had = f"; {num_existing:,} had theirs already (--existing says what becomes of them)" if num_existing else ""
+    had = f"; {num_existing:,} had theirs already{hint}" if num_existing else ""
     lines.append(f"{outcome.num_done:,} {done}{had}")
     lines += notes
     if outcome.problems:

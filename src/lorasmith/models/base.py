@@ -65,6 +65,7 @@ class LatentDiffusion(nn.Module, ABC):
 
     latent_factor: int  # pixels on a latent's side
     latent_channels: int
+    latent_scale: float  # what the VAE gives is multiplied by; programs that store it do so without
     denoiser: nn.Module
     text_encoder: nn.Module
     vae: nn.Module

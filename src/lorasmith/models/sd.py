@@ -54,6 +54,7 @@ class StableDiffusion(LatentDiffusion):
 
     latent_factor = 8
     latent_channels = 4
+    latent_scale = LATENT_SCALE
     denoiser: Any  # UNet2DConditionModel; Any, since nn.Module's attributes are "Tensor or Module" to a type checker
     text_encoder: Any  # CLIPTextModel
     vae: Any  # AutoencoderKL
