@@ -210,7 +210,7 @@ def read_header(path: Path, size: int) -> dict[str, Any]:
         if any(len(info["shape"]) > _MAX_SIDES for info in entries):
             raise ValueError(f"a shape with more than {_MAX_SIDES} sides")
         if any(not 0 <= operator.index(side) <= _MAX_SIDE for info in entries for side in info["shape"]):
-            raise ValueError("a shape with a side that no tensor has")
+            raise ValueError(f"a shape with a side below 0 or above {_MAX_SIDE}")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: its header cannot be read ({shown(str(error))}): {again}") from error
     expected = 8 + length + max(ends, default=0)
