@@ -447,6 +447,17 @@ def test_out_of_memory_says_what_to_do(
     assert "out of memory with one picture on cpu: a lower --resolution" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_process_tells_the_mistakes_that_only_it_meets(
+    photos: Path, base: Path, capsys: pytest.CaptureFixture[str], rank: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    picture(photos / f"{rank}.png", 30, (20, 20))  # of five pictures each process has every second one
+    assert run(photos, base, "--buckets", "--bucket-no-upscale", "--bucket-step", "64", "--bucket-max", "1024") == 2
+    assert "1 pictures have a side below bucket_step = 64" in capsys.readouterr().err
+
+
 def lora_for(path: Path) -> Path:
     save_file({"lora_unet_x.lora_down.weight": torch.zeros(2, 2)}, path)
     return path

@@ -35,6 +35,7 @@ from lorasmith.data.labelling import (
     enough_memory,
     foreign_notes,
     summary,
+    told_by_all,
     work_through,
 )
 from lorasmith.data.metadata_files import Entry
@@ -107,25 +108,29 @@ def run(cfg: PrepareConfig) -> int:
     pictures, notes = _pictures(cfg, folder)
     say, coder = _teller(), Coder(cfg.base, cfg.vae, device, choose_shard(cfg.shard))
     place = open_cache(cfg.cache_dir or default_place(), say)
+    if place is None and not cfg.npz:
+        raise UserError("nothing that is encoded could be kept; give another cache folder with --cache-dir.")
     own = coder.shard.of(pictures)
     print(f"looking at {len(own):,} of {len(pictures):,} pictures in {folder}", flush=True)
-    with remembering(place, say):
-        probed, unreadable = probe_readable(own)
-    records = [ImageRecord(path, "", size, content_hash=content_hash) for path, (size, content_hash) in probed.items()]
-    jobs = _jobs(cfg, facts, records)
-    if cfg.npz:
-        files = _Files(cfg, folder, facts, pictures)
-        outcome, num_existing = fill_files(files, coder, jobs)
-        done = f"encoded into .npz files {f'in {cfg.npz_dir}' if cfg.npz_dir else 'beside them'}"
-        if cfg.output is not None:
-            written = tag_metadata.of_shard(cfg.output, coder.shard)
-            _write_resolutions(written, cfg.captions, folder, files.whole)
-            notes.append(f"train_resolution of {len(files.whole):,} pictures in {written}")
-    else:
-        if place is None:
-            raise UserError("nothing that is encoded could be kept; give another cache folder with --cache-dir.")
-        outcome, num_existing, size = fill_cache(place, coder, jobs, say)
-        done = f"encoded, {in_words(size)} into the cache folder {place}"
+    with told_by_all():
+        with remembering(place, say):
+            probed, unreadable = probe_readable(own)
+        records = [
+            ImageRecord(path, "", size, content_hash=content_hash) for path, (size, content_hash) in probed.items()
+        ]
+        jobs = _jobs(cfg, facts, records)
+        if cfg.npz:
+            files = _Files(cfg, folder, facts, pictures)
+            outcome, num_existing = fill_files(files, coder, jobs)
+            done = f"encoded into .npz files {f'in {cfg.npz_dir}' if cfg.npz_dir else 'beside them'}"
+            if cfg.output is not None:
+                written = tag_metadata.of_shard(cfg.output, coder.shard)
+                _write_resolutions(written, cfg.captions, folder, files.whole)
+                notes.append(f"train_resolution of {len(files.whole):,} pictures in {written}")
+        else:
+            assert place is not None
+            outcome, num_existing, size = fill_cache(place, coder, jobs, say)
+            done = f"encoded, {in_words(size)} into the cache folder {place}"
     outcome.problems[:0] = map(str, unreadable)
     print(summary(outcome, coder.shard, f"pictures {done}", num_existing, notes, hint=""))
     return outcome.exit_code

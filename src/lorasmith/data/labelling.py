@@ -242,6 +242,20 @@ def work_through(
 
 
 @contextmanager
+def told_by_all() -> Iterator[None]:
+    """Have every process tell its mistakes in the block, which the others may not meet.
+
+    The command line lets the first process speak for all.
+    """
+    try:
+        yield
+    except UserError as error:
+        if os.environ.get("RANK", "0") != "0":
+            print(f"lorasmith: process {os.environ['RANK']}: {error}", file=sys.stderr)
+        raise
+
+
+@contextmanager
 def enough_memory(advice: str) -> Iterator[None]:
     """Turn a lack of memory in the block, of torch, onnxruntime or Python, into a message with this advice."""
     try:
