@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -96,3 +97,14 @@ def test_a_merged_checkpoint_draws_what_the_lora_draws(checkpoint: Path, tmp_pat
     assert np.abs(attached - base).mean() > 1
     difference = np.abs(found - attached)
     assert difference.max() <= 2 and difference.mean() < 0.1, (difference.max(), difference.mean())  # of 255 levels
+
+
+def test_a_model_written_back_from_a_diffusers_folder_draws_the_same(checkpoint: Path, tmp_path: Path) -> None:
+    folder, back = tmp_path / "folder", tmp_path / "back.safetensors"
+    assert main(["convert", str(checkpoint), "--to", "diffusers", "--output", str(folder)]) == 0
+    assert main(["convert", str(folder), "--to", "checkpoint", "--output", str(back)]) == 0
+    shutil.rmtree(folder)  # 2 GB
+    before, _ = draw(checkpoint, tmp_path / "before.png")
+    after, _ = draw(back, tmp_path / "after.png")
+    back.unlink()
+    assert before.std() > 5 and np.array_equal(before, after)
