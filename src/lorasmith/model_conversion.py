@@ -35,7 +35,7 @@ _LAST_SCALE = math.log(100)  # where CLIP stops its scale
 
 # What models hold beside their weights: names begin so. The rest is unknown, and told as such.
 _EXTRAS = {
-    "the moving average (EMA) of the weights": (keys.EMA, "model_ema."),
+    "the moving average (EMA) of the weights": (keys.EMA,),
     "OpenCLIP's last layer and projection, which Stable Diffusion does not use": (
         f"{keys.OPENCLIP}transformer.resblocks.{keys.NUM_OPENCLIP_LAYERS - 1}.",
         f"{keys.OPENCLIP}text_projection",
@@ -329,7 +329,9 @@ def _pending(checkpoint: Checkpoint, source: Table, target: Table) -> dict[str, 
     for name, own in modules.items():
         places = [source[module] for module in own]
         rows, *rest = places[0].shape(tuple(checkpoint.shape(places[0].name)))
-        shape = (rows * len(own), *rest, *((1, 1) if target[own[0]].is_conv and name.startswith(keys.VAE) else ()))
+        # in a folder's table is_conv means that it may be a convolution, in an original file's that it is
+        is_conv = target[own[0]].is_conv and name.startswith(keys.VAE)
+        shape = (rows * len(own), *rest, *((1, 1) if is_conv else ()))
         dtype = reduce(torch.promote_types, (checkpoint.dtype(place.name) for place in places))
         made[name] = Pending(shape, dtype, partial(_make, checkpoint, places, shape, dtype))
     return made

@@ -1,6 +1,7 @@
 """`lorasmith convert` of base models: one file to a diffusers folder and back, exact and readable by others."""
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,10 @@ def folder(single: Path) -> Path:
     return output
 
 
+@cache
 @torch.no_grad()
 def results(path: Path) -> dict[str, Tensor]:
+    """What the model computes; a path is asked for only when what is there stays."""
     with open_checkpoint(path) as checkpoint:
         model = model_families.load(checkpoint, dtype=torch.float32, device=torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
