@@ -448,12 +448,12 @@ def test_checkpointing_computes_the_activations_again(place: Place, monkeypatch:
     calls = dict.fromkeys([ResnetBlock2D, CLIPMLP], 0)
     for kind in calls:
         monkeypatch.setattr(kind, "forward", counted(kind, calls))
-    place.train("--steps", 1, "--seed", 3)
+    place.train("--steps", 1, "--seed", 3, "--no-disk-cache")
     plain = dict(calls)
-    result = place.train("--steps", 1, "--seed", 3, "--gradient-checkpointing")
+    result = place.train("--steps", 1, "--seed", 3, "--no-disk-cache", "--gradient-checkpointing")
     assert all(calls[kind] > 2 * plain[kind] for kind in calls)
     assert result.metadata["ss_gradient_checkpointing"] == "True"
-    assert same(result, place.train("--steps", 1, "--seed", 3))
+    assert same(result, place.train("--steps", 1, "--seed", 3, "--no-disk-cache"))
 
 
 def counted(kind: Any, calls: dict[Any, int]) -> Any:
