@@ -1446,11 +1446,16 @@ def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, 
 
 def _holds(values: Any, place: tuple[str | int, ...]) -> bool:
     for name in place:
-        names = range(len(values)) if isinstance(values, list) else values if isinstance(values, Mapping) else ()
-        if name not in names:
+        if name not in _names_in(values):
             return False
         values = values[name]
     return True
+
+
+def _names_in(values: Any) -> Any:
+    if isinstance(values, list):
+        return range(len(values))
+    return values if isinstance(values, Mapping) else ()
 
 
 def _value(values: Any, place: tuple[str, ...]) -> Any:
