@@ -705,7 +705,7 @@ def test_a_disk_that_is_full_at_the_second_save(
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", sync)
-        message = stopped("--steps", "3")
+        message = stopped("--steps", "3", "--no-disk-cache")
     assert f"{out / 'step-00000002.safetensors'} could not be saved: the disk is full" in message
     assert re.search(r"\(\d+ MiB free\)", message) and "make room" in message and "--resume" in message
     assert sorted(path.name for path in out.glob("*.safetensors")) == ["step-00000001.safetensors"]
