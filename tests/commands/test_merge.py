@@ -289,7 +289,9 @@ DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int
 @settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     extra=st.dictionaries(
-        st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20).map(lambda text: f"extra.{text}"),
+        st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1, max_size=20).map(
+            lambda text: f"extra.{text}"
+        ),
         st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 3), max_size=3)),
         max_size=6,
     ),

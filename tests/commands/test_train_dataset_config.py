@@ -342,7 +342,7 @@ def test_a_run_is_not_gone_on_with_under_other_rules(
     file.write_text(tomli_w.dumps(changed))
     assert main(["train", "--resume", str(output), "--steps", "3"]) == 2
     told = capsys.readouterr().err
-    assert "the dataset file says something else" in told or "pictures at once" in told
+    assert "the dataset file or .npz files say something else" in told or "pictures at once" in told
 
 
 def test_a_run_is_gone_on_with_from_a_file_that_was_moved(
