@@ -474,7 +474,7 @@ MISTAKES: dict[str, tuple[Callable[[Path, Path, Path], list[object]], str]] = {
     "no such folder": (lambda photos, base, _: [photos.parent / "photo", "--base", base], "did you mean"),
     "a file": (lambda photos, base, _: [photos / "0.png", "--base", base], "is a file, but a folder of pictures"),
     "no pictures": (lambda photos, base, tmp: [empty(tmp), "--base", base], "no pictures found in"),
-    "only deeper": (lambda photos, base, tmp: [photos.parent, "--base", base], "holds 5: give that folder instead"),
+    "only deeper": (lambda photos, base, tmp: [photos.parent, "--base", base], "photos holds 5"),
     "no such model": (lambda photos, *_: [photos, "--base", "sd.safetensors"], "there is no such file or folder"),
     "a LoRA": (lambda photos, _, tmp: [photos, "--base", lora_for(tmp / "l.safetensors")], "is a LoRA, not a base"),
     "no VAE": (
