@@ -25,8 +25,9 @@ from torch import Tensor
 from lorasmith import cache_folder, model_families
 from lorasmith.checkpoint import open_checkpoint
 from lorasmith.cli import main
-from lorasmith.commands import prepare, train
+from lorasmith.commands import prepare
 from lorasmith.models.sd import StableDiffusion
+from lorasmith.training_run import session
 from tests.tiny import write_tiny
 
 SIZES = [(80, 64), (64, 96), (70, 70), (130, 66), (66, 120)]
@@ -48,7 +49,7 @@ def picture(path: Path, seed: int, size: tuple[int, int]) -> Path:
 def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("SOURCE_DATE_EPOCH", "1700000000")
-        patched.setattr(train, "write_report", lambda folder, contents: folder)
+        patched.setattr(session, "write_report", lambda folder, contents: folder)
         yield write_tiny(tmp_path_factory.mktemp("models") / "sd1.safetensors", width=8)
 
 

@@ -21,10 +21,10 @@ from PIL import Image
 
 from lorasmith import cache_folder, file_facts
 from lorasmith.cli import main
-from lorasmith.commands import train
 from lorasmith.data import images
 from lorasmith.data.dataset import Batch, Dataset
 from lorasmith.models.sd import StableDiffusion
+from lorasmith.training_run import session
 from tests.commands.test_train_processes import run_two
 from tests.tiny import write_tiny
 
@@ -96,7 +96,7 @@ class Place:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("SOURCE_DATE_EPOCH", "1700000000")
-        patched.setattr(train, "write_report", lambda folder, contents: folder)
+        patched.setattr(session, "write_report", lambda folder, contents: folder)
         yield Place(tmp_path_factory.mktemp("place"))
 
 

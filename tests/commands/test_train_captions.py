@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lorasmith.cli import main
-from lorasmith.commands import train
+from lorasmith.training_run import session
 from tests.commands.test_train_options import COMMON, Result, same, write_pictures
 from tests.tiny import write_tiny
 
@@ -54,7 +54,7 @@ class Place:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("SOURCE_DATE_EPOCH", "1700000000")
-        patched.setattr(train, "write_report", lambda folder, contents: folder)  # half of a run's time
+        patched.setattr(session, "write_report", lambda folder, contents: folder)  # half of a run's time
         yield Place(tmp_path_factory.mktemp("place"))
 
 

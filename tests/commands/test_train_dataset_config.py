@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from lorasmith import demo
 from lorasmith.cli import main
-from lorasmith.commands import train
+from lorasmith.training_run import session
 from tests.commands.test_train_options import write_pictures
 from tests.tiny import write_tiny
 
@@ -78,7 +78,7 @@ class Place:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("SOURCE_DATE_EPOCH", "1700000000")
-        patched.setattr(train, "write_report", lambda folder, contents: folder)
+        patched.setattr(session, "write_report", lambda folder, contents: folder)
         place = Place(tmp_path_factory.mktemp("place"))
         patched.chdir(place.path)
         yield place
@@ -239,7 +239,7 @@ def test_two_data_sets_are_trained_and_gone_on_with_to_the_same_bytes(
     two: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
-    monkeypatch.setattr(train, "write_report", lambda folder, contents: folder)
+    monkeypatch.setattr(session, "write_report", lambda folder, contents: folder)
     monkeypatch.chdir(two)
     base = str(demo.FOLDER / "sd1-mini.safetensors")
     words = ["train", "--base", base, "--dataset-config", "sets.toml", *COMMON, "--steps", "4", "--train", "unet"]

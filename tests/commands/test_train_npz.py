@@ -11,9 +11,9 @@ from safetensors.torch import load
 from torch import Tensor
 
 from lorasmith.cli import main
-from lorasmith.commands import train
 from lorasmith.data.dataset import Batch, Dataset
 from lorasmith.models.sd import LATENT_SCALE, StableDiffusion
+from lorasmith.training_run import session
 from tests.commands.test_prepare import AS_TRAINED, TRAINING, picture
 from tests.commands.test_train_processes import run_two
 from tests.tiny import write_tiny
@@ -25,7 +25,7 @@ SIZES = [(80, 64), (64, 96)]
 def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("SOURCE_DATE_EPOCH", "1700000000")
-        patched.setattr(train, "write_report", lambda folder, contents: folder)
+        patched.setattr(session, "write_report", lambda folder, contents: folder)
         yield write_tiny(tmp_path_factory.mktemp("models") / "sd1.safetensors", width=8)
 
 

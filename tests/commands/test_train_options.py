@@ -23,9 +23,9 @@ from torch import Tensor
 
 from lorasmith import config
 from lorasmith.cli import main
-from lorasmith.commands import train
 from lorasmith.config import TrainConfig
 from lorasmith.models.keys import sd as keys
+from lorasmith.training_run import session
 from tests.tiny import write_tiny
 
 COMMON = [
@@ -99,7 +99,7 @@ def write_pictures(folder: Path, captions: Mapping[int, str | None], extension: 
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("SOURCE_DATE_EPOCH", "1700000000")
-        patched.setattr(train, "write_report", lambda folder, contents: folder)  # half of a run's time
+        patched.setattr(session, "write_report", lambda folder, contents: folder)  # half of a run's time
         yield Place(tmp_path_factory.mktemp("place"))
 
 

@@ -14,7 +14,7 @@ from PIL import Image, ImageCms
 from safetensors.torch import load_file
 
 from lorasmith.cli import main
-from lorasmith.commands import train
+from lorasmith.training_run import session
 from tests.tiny import write_tiny
 
 COMMON = [
@@ -70,7 +70,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     before = Image.MAX_IMAGE_PIXELS
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("SOURCE_DATE_EPOCH", "1700000000")
-        patched.setattr(train, "write_report", lambda folder, contents: folder)
+        patched.setattr(session, "write_report", lambda folder, contents: folder)
         yield Place(tmp_path_factory.mktemp("place"))
     Image.MAX_IMAGE_PIXELS = before
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from lorasmith import demo
 from lorasmith.cli import main
-from lorasmith.commands import train
+from lorasmith.training_run import session
 from tests.commands.test_train_processes import Event, run_two
 from tests.data.sources.test_webdataset import pack, png
 from tests.tiny import write_tiny
@@ -33,7 +33,7 @@ PIXELS = {name: png(number, (80, 64)) for number, name in enumerate(TEXTS)}
 def patched(tmp_path_factory: pytest.TempPathFactory) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SOURCE_DATE_EPOCH", "1700000000")
-        patch.setattr(train, "write_report", lambda folder, contents: folder)
+        patch.setattr(session, "write_report", lambda folder, contents: folder)
         patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("hf"))
         yield
 

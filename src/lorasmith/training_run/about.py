@@ -1,0 +1,159 @@
+"""What a run says of the file that it saves: in its metadata, and to the person who made it."""
+
+import os
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lorasmith
+from lorasmith import metadata, model_families
+from lorasmith.command_line import quoted
+from lorasmith.config import TrainConfig
+from lorasmith.data import captions, dataset_metadata
+from lorasmith.data.plan import Plan
+from lorasmith.data.records import ImageRecord
+from lorasmith.data.subsets import Subset
+from lorasmith.output_folder import OutputFolder
+from lorasmith.training_run.preparation import Preparation
+
+_SMALLEST_REAL_WIDTH = 320  # channels of the U-Net in every SD 1 and 2
+
+
+def now() -> float:
+    """Return the Unix time, or SOURCE_DATE_EPOCH where that is set, so that files can be made equal to the byte."""
+    return float(os.environ.get("SOURCE_DATE_EPOCH") or time.time())
+
+
+def file_metadata(cfg: TrainConfig, ready: Preparation, step: int, started_at: float) -> dict[str, str]:
+    """Return what the file says of itself."""
+    data, training, optimizer, save, facts, plan = (
+        cfg.data, cfg.training, cfg.optimizer, cfg.save, ready.facts, ready.plan
+    )  # fmt: skip
+    own = [record for record in ready.records if not record.is_prior]
+    prior = [record for record in ready.records if record.is_prior]
+    name = save.name or "last"
+    finished_at = now()
+    values = {
+        "base_model_version": facts.base_model_version,
+        "v2": facts.is_v2,
+        "sd_model_name": Path(cfg.model.base).name,
+        "vae_name": Path(cfg.model.vae).name if cfg.model.vae else None,
+        "clip_skip": cfg.model.clip_skip if cfg.model.clip_skip > 1 else None,
+        "max_token_length": data.max_token_length if data.max_token_length > 75 else None,
+        "network_dim": ready.rank,
+        "network_alpha": ready.alpha,
+        "output_name": name,
+        "learning_rate": optimizer.learning_rate,
+        "unet_lr": optimizer.unet_lr,
+        "text_encoder_lr": optimizer.text_encoder_lr,
+        "optimizer": optimizer.optimizer,
+        "lr_scheduler": optimizer.lr_schedule,
+        "lr_warmup_steps": optimizer.lr_warmup_steps,
+        "max_grad_norm": optimizer.max_grad_norm,
+        "max_train_steps": ready.total_steps,
+        "steps": step,
+        "epoch": plan.epoch_of(max(step - 1, 0)) + 1,
+        "num_epochs": plan.epoch_of(ready.total_steps - 1) + 1,
+        "num_batches_per_epoch": plan.units_per_epoch,
+        "num_train_images": sum(plan.repeats[i] for i, record in enumerate(ready.records) if not record.is_prior),
+        "num_reg_images": sum(plan.repeats[i] for i, record in enumerate(ready.records) if record.is_prior),
+        "batch_size_per_device": plan.batch_sizes[0],
+        "total_batch_size": plan.unit_sizes[0] * plan.gradient_accumulation,
+        "gradient_accumulation_steps": plan.gradient_accumulation,
+        "gradient_checkpointing": training.gradient_checkpointing,
+        "mixed_precision": {"fp32": "no"}.get(ready.precision, ready.precision),
+        "seed": training.seed,
+        "prior_loss_weight": data.prior_loss_weight,
+        "resolution": ready.resolution,
+        "enable_bucket": data.buckets,
+        "min_bucket_reso": data.bucket_min if data.buckets else None,
+        "max_bucket_reso": data.bucket_max if data.buckets else None,
+        "bucket_no_upscale": data.bucket_no_upscale,
+        "cache_latents": all(ready.cached),
+        "color_aug": data.color,
+        "flip_aug": data.flip,
+        "random_crop": data.random_crop,
+        "face_crop_aug_range": data.face_crop_aug_range,
+        "shuffle_caption": data.shuffle_caption,
+        "keep_tokens": data.keep_tokens,
+        "caption_dropout_rate": data.caption_dropout,
+        "caption_dropout_every_n_epochs": data.caption_dropout_every_epochs,
+        "caption_tag_dropout_rate": data.tag_dropout,
+        "dataset_dirs": _folders(own) if save.share_captions else {},
+        "reg_dataset_dirs": _folders(prior) if save.share_captions else {},
+        "tag_frequency": _tag_frequency(own, ready.subsets) if save.share_captions else {},
+        "bucket_info": _bucket_info(plan) if data.buckets else None,
+        "training_comment": save.comment,
+        "training_started_at": started_at,
+        "training_finished_at": finished_at,
+        "session_id": int(ready.fingerprint[:8], 16),
+    }
+    spec = metadata.model_spec(
+        architecture=facts.architecture,
+        title=save.title or name,
+        resolution=ready.resolution,
+        time=finished_at,
+        prediction=facts.prediction,
+        implementation_version=lorasmith.__version__,
+        author=save.author,
+        description=save.description,
+        license=save.license,
+        tags=save.tags,
+        trigger_phrase=save.trigger_phrase,
+    )
+    if data.dataset_config is not None:
+        values |= dataset_metadata.describe(ready.datasets, ready.records, plan, shares_captions=save.share_captions)
+    return {**metadata.training(values), **spec}
+
+
+def _folders(records: list[ImageRecord]) -> dict[str, dict[str, int]]:
+    """Return per folder its repeats and number of pictures, as UIs show them."""
+    return {
+        group: {"n_repeats": records_[0].repeats, "img_count": len(records_)}
+        for group in dict.fromkeys(record.group for record in records)
+        if (records_ := [record for record in records if record.group == group])
+    }
+
+
+def _tag_frequency(records: list[ImageRecord], subsets: Sequence[Subset]) -> dict[str, dict[str, int]]:
+    """Return per folder how often each part of the captions occurs."""
+    counts: dict[str, Counter[str]] = {}
+    for record in records:
+        counts.setdefault(record.group, Counter()).update(
+            captions.tags(record.caption, subsets[record.subset].captions)
+        )
+    return {group: dict(count) for group, count in counts.items()}
+
+
+def _bucket_info(plan: Plan) -> dict[str, Any]:
+    counts = plan.samples_per_shape()
+    return {"buckets": {str(i): {"resolution": shape, "count": n} for i, (shape, n) in enumerate(counts.items())}}
+
+
+def file_advice(path: Path, folder: OutputFolder, facts: model_families.ModelFacts) -> list[tuple[str, str]]:
+    """Say which file goes where."""
+    going_on = ("states/", f"to go on training: lorasmith train --resume {quoted(folder.path)} --steps MORE")
+    if path.suffix != ".safetensors":
+        kind = "sd-scripts and older tools; other UIs want .safetensors (--format safetensors)"
+        return [(path.name, kind), going_on]
+    stem = folder.name or folder.path.resolve().name  # many a run's file is called "last"
+    diffusers = ("diffusers", f'pipeline.load_lora_weights("{folder.path}", weight_name="{path.name}")')
+    if facts.width < _SMALLEST_REAL_WIDTH:
+        return [
+            (path.name, "the LoRA; it fits the miniature that it was trained on, no other model"),
+            diffusers,
+            going_on,
+        ]
+    earlier = [other for other in folder.path.glob(f"*{path.suffix}") if other != path]
+    return [
+        (path.name, "the LoRA; every program below reads this one file"),
+        ("A1111 / Forge", f"copy to models/Lora as {stem}.safetensors, prompt <lora:{stem}:1>"),
+        ("ComfyUI", f"copy to models/loras as {stem}.safetensors, node Load LoRA"),
+        ("InvokeAI", "Model Manager, add the file"),
+        diffusers,
+        *([(", ".join(sorted(other.name for other in earlier)[:3]), "the same after fewer steps: try these when the "
+            "last one looks overdone")] if earlier else []),
+        going_on,
+    ]  # fmt: skip

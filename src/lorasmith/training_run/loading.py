@@ -1,0 +1,63 @@
+"""The parts that a run trains with: the base model, the network on it, the batches."""
+
+import torch
+
+from lorasmith import model_families
+from lorasmith.cache_folder import Store
+from lorasmith.checkpoint import open_checkpoint
+from lorasmith.config import TrainConfig
+from lorasmith.data.dataset import Dataset
+from lorasmith.formats import kohya
+from lorasmith.models.base import LatentDiffusion
+from lorasmith.network import Network, match
+from lorasmith.processes import Processes
+from lorasmith.training_run.encoding import posteriors
+from lorasmith.training_run.preparation import Preparation, network_rules
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load_model(cfg: TrainConfig, ready: Preparation, device: torch.device) -> LatentDiffusion:
+    """Load the base model with another VAE and the options that are given."""
+    with open_checkpoint(cfg.model.base) as checkpoint:
+        return model_families.load(
+            checkpoint,
+            dtype=DTYPES[ready.precision],
+            device=device,
+            vae=cfg.model.vae,
+            prediction=ready.facts.prediction,
+            clip_skip=cfg.model.clip_skip,
+            ema=cfg.model.ema,
+            max_token_length=cfg.data.max_token_length,
+            weighted_captions=cfg.data.weighted_captions,
+        )
+
+
+def build_network(cfg: TrainConfig, model: LatentDiffusion) -> Network:
+    """Return the network to train: new, or from the given weights with all of them used."""
+    rules, targets = network_rules(cfg), model.adapter_targets()
+    if cfg.network.weights is None:
+        return Network.create(targets, rules, seed=cfg.training.seed)
+    return Network.load(
+        {name: targets[name] for name in match(targets, rules)}, kohya.read(cfg.network.weights).tensors
+    )
+
+
+def build_dataset(
+    cfg: TrainConfig, ready: Preparation, model: LatentDiffusion, processes: Processes, store: Store | None
+) -> Dataset:
+    """Return what makes the batches of any step, with the latents that are cached in `store`."""
+    return Dataset(
+        ready.plan,
+        ready.records,
+        ready.crops,
+        ready.subsets,
+        seed=cfg.training.seed,
+        sample_t=model.schedule.sample_t,
+        latent_channels=model.latent_channels,
+        latent_factor=model.latent_factor,
+        latents={} if store is None else posteriors(cfg, ready, model, processes, store),
+        prior_loss_weight=cfg.data.prior_loss_weight,
+        mask_background=cfg.data.mask_background,
+        mask_by_area=cfg.data.mask_loss == "area",
+    )

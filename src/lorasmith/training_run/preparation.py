@@ -1,0 +1,498 @@
+"""What is found out and decided about a run before a model is loaded: from headers, pictures and a state."""
+
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from lorasmith import config, model_families
+from lorasmith.cache_folder import Say, default_place, open_cache
+from lorasmith.checkpoint import open_checkpoint
+from lorasmith.config import TrainConfig
+from lorasmith.data import captions, dataset_config, npz_latents
+from lorasmith.data.buckets import Buckets, CropPlan, Size
+from lorasmith.data.captions import CaptionOptions
+from lorasmith.data.gathering import Gathered, gather
+from lorasmith.data.images import remembering, set_pixel_limit
+from lorasmith.data.plan import Plan, build_plan, validation_plan
+from lorasmith.data.records import ImageRecord
+from lorasmith.data.subsets import Augmentation, DatasetRules, Subset
+from lorasmith.errors import UserError
+from lorasmith.formats import kohya
+from lorasmith.network import Network, Rule, check_ranks, match
+from lorasmith.optimizers.base import builder
+from lorasmith.output_folder import OutputFolder, check_free
+from lorasmith.processes import Processes
+from lorasmith.training_run.resuming import run_folder
+from lorasmith.training_state import (
+    State,
+    data_fingerprint,
+)
+
+_DEFAULT_STEPS = 1600  # the document's scripts' own
+_NUM_DEFAULT_PROMPTS = 2
+_FAMILY_TITLES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x"}
+_PATTERNS = {"both": "*", "unet": "lora_unet_*", "text_encoder": "lora_te*"}
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Everything found out and decided before a model is loaded."""
+
+    facts: model_families.ModelFacts
+    precision: str
+    shapes: dict[str, tuple[int, ...]]  # of the layers to train, by saved name
+    rank: int  # the largest, where starting weights bring several
+    alpha: float
+    resolution: Size
+    datasets: list[DatasetRules]
+    records: list[ImageRecord]
+    crops: list[CropPlan]
+    subsets: list[Subset]
+    notes: list[str]
+    plan: Plan
+    validation: Plan | None
+    total_steps: int
+    prompts: list[str]
+    cached: list[bool]  # of each data set, whether its latents are
+    npz: "NpzFiles"
+    fingerprint: str
+    state: State | None
+    cache: Path | None
+    say: Say
+
+
+@dataclass(frozen=True)
+class NpzFiles:
+    """Whose latents come from .npz files, by record index, with a hash of these; which pictures lack one, and why.
+
+    masked: pictures whose file holds a mask.
+    """
+
+    found: dict[int, tuple[npz_latents.Wish, str]]
+    lacking: list[str]
+    masked: list[str]
+
+
+def prepare(cfg: TrainConfig, processes: Processes, state: State | None) -> Preparation:
+    """Look at all that was given: the model's header, the output folder, every picture; decide, load nothing."""
+    precision = choose_precision(cfg.training.precision, processes.device)
+    builder(cfg.optimizer.optimizer)  # told now if there is none
+    with open_checkpoint(cfg.model.base) as checkpoint:
+        facts = model_families.describe(checkpoint, v2=cfg.model.v2, prediction=cfg.model.prediction, vae=cfg.model.vae)
+        shapes = model_families.target_shapes(checkpoint)
+    rules = network_rules(cfg)
+    shapes = {name: shapes[name] for name in match(shapes, rules)}
+    if cfg.network.weights is None:
+        check_ranks(shapes, rules)
+        rank, alpha = cfg.network.rank, cfg.network.alpha or float(cfg.network.rank)
+    else:
+        rank, alpha = _check_weights(cfg.network, facts, shapes)
+    if cfg.resume is None or output_folder(cfg).path.resolve() != run_folder(cfg.resume).resolve():
+        check_free(output_folder(cfg), overwrite=cfg.save.overwrite)
+    set_pixel_limit(cfg.data.max_megapixels)
+    datasets, notes = _datasets(cfg, cfg.data.resolution or facts.resolution)
+    _check_mask_options(cfg.data, datasets)
+    say = _teller(processes)
+    cache_place = _cache(cfg, say)
+    with remembering(cache_place, say):
+        gathered = gather(datasets, processes)
+    plan = build_plan(
+        gathered.records,
+        [crop.shape for crop in gathered.crops],
+        batch_sizes=[dataset.batch_size for dataset in datasets],
+        num_processes=processes.count,
+        gradient_accumulation=cfg.training.gradient_accumulation,
+        seed=cfg.training.seed,
+    )
+    total_steps = cfg.training.steps or (cfg.training.epochs or 0) * plan.steps_per_epoch or _DEFAULT_STEPS
+    if cfg.optimizer.lr_warmup_steps >= total_steps:
+        raise UserError(
+            f"lr_warmup_steps = {cfg.optimizer.lr_warmup_steps} is not below the run's {total_steps} steps; "
+            "lower the first, or train longer with --steps or --epochs."
+        )
+    cached = [_caches_latents(cfg, dataset) for dataset in datasets]
+    npz = _npz_files(cfg, facts, gathered, cached, processes)
+    fingerprint = _fingerprint(gathered, npz, plan.num_processes)
+    if state is not None:
+        _check_processes_of_shards(state, gathered, plan, npz)
+        _check_resumable(state, fingerprint, plan, total_steps)
+    return Preparation(
+        facts, precision, shapes, rank, alpha, datasets[0].resolution, datasets, gathered.records, gathered.crops,
+        [subset.for_run_of(total_steps) for subset in gathered.subsets],
+        [*notes, *gathered.notes, *_cut_notes(cfg, gathered), *plan.notes],
+        plan, validation_plan(plan, gathered.records, seed=_validation_seed(cfg)), total_steps, _prompts(cfg, gathered),
+        cached, npz, fingerprint, state, cache_place, say,
+    )  # fmt: skip
+
+
+def _validation_seed(cfg: TrainConfig) -> int:
+    seed = cfg.validation.validation_seed
+    return cfg.training.seed if seed is None else seed
+
+
+def _caches_latents(cfg: TrainConfig, dataset: DatasetRules) -> bool:
+    if cfg.data.cache_latents and dataset.changing_augmentations:
+        raise UserError(
+            f"cache_latents keeps each picture as it is, but {' and '.join(dataset.changing_augmentations)} in "
+            f"{cfg.data.dataset_config} would change it every time; leave out one or the other."
+        )
+    return not dataset.changing_augmentations if cfg.data.cache_latents is None else cfg.data.cache_latents
+
+
+def _npz_files(
+    cfg: TrainConfig,
+    facts: model_families.ModelFacts,
+    gathered: Gathered,
+    cached: Sequence[bool],
+    processes: Processes,
+) -> NpzFiles:
+    """Look for latents in .npz files, if these are asked for.
+
+    Raises:
+        UserError: the processes do not see the same files.
+    """
+    files = NpzFiles({}, [], [])
+    if not cfg.data.npz:
+        return files
+    for index, (record, crop) in enumerate(zip(gathered.records, gathered.crops, strict=True)):
+        subset, (width, height) = gathered.subsets[record.subset], crop.shape
+        shape = (facts.latent_channels, height // facts.latent_factor, width // facts.latent_factor)
+        try:
+            if record.data is not None or not cached[record.dataset]:
+                raise npz_latents.Unfit("it changes each time" if record.data is None else "it is no file of its own")
+            stem = npz_latents.stem_of(record.path, Path(subset.place), cfg.data.npz_dir)
+            wish = npz_latents.Wish(stem, record.size, crop, shape, subset.augmentation.flip)
+            found = npz_latents.find(wish)
+        except npz_latents.Unfit as error:
+            files.lacking.append(f"{record.path.name} ({error})")
+            continue
+        files.found[index] = wish, found.content_hash
+        if found.has_mask:
+            files.masked.append(record.path.name)
+    if len({str(other) for other in processes.gather(_npz_facts(files))}) > 1:
+        raise UserError("the processes see different .npz files; give all machines the same, or leave npz out.")
+    return files
+
+
+def _npz_facts(files: NpzFiles) -> list[str]:
+    return [f"{index} {content_hash}" for index, (_, content_hash) in files.found.items()]
+
+
+def _fingerprint(gathered: Gathered, npz: NpzFiles, num_processes: int) -> str:
+    """Return what stands for the data in a state: nothing in it says where they lie, unless processes share shards."""
+    facts = [f"{record.identity} {crop}" for record, crop in zip(gathered.records, gathered.crops, strict=True)] + [
+        str(subset.placeless) for subset in gathered.subsets
+    ]
+    shards = [record.shard for record in gathered.records]
+    if num_processes > 1 and any(shard is not None for shard in shards):
+        facts += [f"{num_processes} processes", str(shards)]
+    return data_fingerprint(facts + _npz_facts(npz))
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """Return the precision that `auto` means on this device.
+
+    Raises:
+        UserError: fp16 without a GPU.
+    """
+    if name == "fp16" and device.type == "cpu":
+        raise UserError("--precision fp16 needs a GPU, and training runs on the CPU here; use bf16 or fp32.")
+    if name != "auto":
+        return name
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def check_device(name: str) -> None:
+    """Refuse a device that is not here.
+
+    Raises:
+        UserError: lists those that are.
+    """
+    here = ["auto", "cpu", *(["mps"] if torch.backends.mps.is_available() else [])]
+    if torch.cuda.is_available():
+        here += ["cuda", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+    if name not in here:
+        raise UserError(f"--device {name}: not here; on this computer there are {', '.join(here)}.")
+
+
+def require_options(cfg: TrainConfig) -> None:
+    """Ask for what cannot be guessed, all at once."""
+    needed = {
+        "--base (the model to train for)": cfg.model.base,
+        "--images (the folder of pictures)": cfg.data.images or cfg.data.dataset_config,
+        "--output (the folder for the LoRA)": cfg.save.output,
+    }
+    missing = [name for name, value in needed.items() if not value]
+    if missing:
+        raise UserError(
+            f"missing: {', '.join(missing)}. For example: "
+            "lorasmith train --base model.safetensors --images photos --output my-lora"
+        )
+
+
+def _check_processes_of_shards(state: State, gathered: Gathered, plan: Plan, npz: NpzFiles) -> None:
+    """Refuse to go on with shards that were shared among another number of processes."""
+    counts = range(1, max(state.facts.unit_sizes) + 1)
+    fingerprint = partial(_fingerprint, gathered, npz)
+    before = next((count for count in counts if state.facts.data_fingerprint == fingerprint(count)), None)
+    if before is not None and fingerprint(before) != fingerprint(plan.num_processes):
+        raise UserError(
+            f"the run was started with {before} process{'es' * (before > 1)}, and {plan.num_processes} are given now; "
+            "its pictures lie in tar shards, each read by one process alone, so the number of processes decides which "
+            f"pictures meet in a step. Go on with {before}, or start a new run from the saved LoRA with --weights."
+        )
+
+
+def _check_resumable(state: State, fingerprint: str, plan: Plan, total_steps: int) -> None:
+    """Refuse to go on with other data, another global batch, or a run that is over."""
+    if state.facts.data_fingerprint != fingerprint:
+        raise UserError(
+            "the pictures, captions or masks are not those that the run was started with, or the dataset file or .npz "
+            "files say something else of them, so it cannot go on as it was. Put them back, or start a new run from "
+            "the saved LoRA with --weights."
+        )
+    if state.facts.unit_sizes != plan.unit_sizes:
+        raise UserError(
+            f"the run works on {one_or_each(state.facts.unit_sizes)} pictures at once, but "
+            f"{one_or_each(plan.batch_sizes)} on each of "
+            f"{plan.num_processes} processes are given now; make --batch-size times processes the same."
+        )
+    if state.facts.step >= total_steps:
+        raise UserError(
+            f"this run is complete: {state.facts.step} of {total_steps} steps are done. To train longer, give more "
+            "--steps; with a constant learning rate that equals one longer run."
+        )
+
+
+def _check_weights(
+    network: config.NetworkSection, facts: model_families.ModelFacts, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[int, float]:
+    """Return the largest rank in starting weights, with its alpha.
+
+    Raises:
+        UserError: they are broken, for another family, not for exactly these layers, or of another rank or alpha than
+            is asked for.
+    """
+    path = network.weights
+    assert path is not None
+    lora = kohya.read(path)
+    if lora.family not in (facts.family, "unknown"):
+        raise UserError(
+            f"--weights {path} is a LoRA for {_FAMILY_TITLES[lora.family]}, but the base model is {facts.title}; "
+            "give a LoRA that was trained for this base model, or the base model that it was trained for."
+        )
+    broken = [name for name, tensor in lora.tensors.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise UserError(
+            f"--weights {path} holds NaN or infinity in {len(broken)} tensors (first: {broken[0]}): the training that "
+            "made it had broken down; give an earlier save of it."
+        )
+    try:
+        Network.check(shapes, lora.tensors)
+    except UserError as error:
+        raise UserError(f"--weights {path}: {error}") from error
+    ranks = {name: tensor.shape[0] for name, tensor in lora.tensors.items() if name.endswith(".lora_down.weight")}
+    widest = max(ranks, key=lambda name: ranks[name])
+    stored = lora.tensors.get(f"{widest.removesuffix('.lora_down.weight')}.alpha")
+    rank, alpha = ranks[widest], float(ranks[widest] if stored is None else stored)
+    given_rank = network.rank if "rank" in network.model_fields_set else None
+    for name, asked, value in (("rank", given_rank, rank), ("alpha", network.alpha, alpha)):
+        if asked is not None and not math.isclose(asked, value, rel_tol=1e-3):  # a file may hold alpha in fp16
+            raise UserError(
+                f"--weights {path} brings rank {rank} and alpha {alpha:g}, but --{name} {asked:g} is given; "
+                "leave it out."
+            )
+    return rank, alpha
+
+
+def output_folder(cfg: TrainConfig) -> OutputFolder:
+    """Return where the run's results go."""
+    assert cfg.save.output is not None
+    return OutputFolder(cfg.save.output, cfg.save.name, cfg.save.format)
+
+
+def network_rules(cfg: TrainConfig) -> list[Rule]:
+    """Return which layers get an adapter, and which one."""
+    network = cfg.network
+    return [Rule(_PATTERNS[network.train], network.adapter, network.rank, network.alpha)]
+
+
+def _datasets(cfg: TrainConfig, resolution: Size) -> tuple[list[DatasetRules], list[str]]:
+    """Return what is trained on, as rules, and notes on it: what the dataset file says, or pictures as options say it.
+
+    In the latter case the regularization pictures are beside the others.
+    """
+    data = cfg.data
+    subset = Subset(
+        place=str(data.images or ""),
+        source=data.source,
+        metadata=data.captions,
+        image_column=data.image_column,
+        caption_column=data.caption_column,
+        dataset_split=data.dataset_split,
+        repeats=data.repeats,
+        caption=data.caption,
+        caption_extension=data.caption_extension,
+        recursive=data.recursive,
+        skip_unreadable=data.skip_unreadable,
+        alpha_color=data.alpha_color,
+        masks=data.masks,
+        alpha_mask=data.alpha_mask,
+        captions=_caption_options(data),
+        augmentation=Augmentation(data.flip, data.color, data.random_crop, data.face_crop_aug_range),
+    )
+    subsets = [subset]
+    if data.regularization is not None:
+        subsets.append(
+            replace(
+                subset, place=str(data.regularization), source="folder", metadata=None, is_prior=True, repeats=1,
+                image_column=None, caption_column=None, dataset_split="train",
+                caption=None, masks=None, alpha_mask=False,
+            )
+        )  # fmt: skip
+    buckets = Buckets(
+        resolution,
+        data.bucket_min,
+        data.bucket_max,
+        data.bucket_step,
+        data.bucket_rule == "sd-scripts",
+        data.bucket_no_upscale,
+    )
+    rules = DatasetRules(
+        tuple(subsets),
+        resolution,
+        buckets if data.buckets else None,
+        cfg.training.batch_size,
+        cfg.validation.validation_split,
+        _validation_seed(cfg),
+    )
+    if data.dataset_config is None:
+        return [rules], []
+    file = dataset_config.read(data.dataset_config, rules, buckets=buckets, root=data.dataset_root or Path())
+    if data.prior_loss_weight != 1 and not any(subset.is_prior for one in file.datasets for subset in one.subsets):
+        raise UserError(
+            f"prior_loss_weight is for regularization pictures, but no subset of {data.dataset_config} says is_reg = "
+            "true; write that, or leave the weight out."
+        )
+    if not any(one.validation_split for one in file.datasets) and cfg.validation != config.ValidationSection():
+        raise UserError(
+            "validation_seed, validate_every_epochs and validate_every_steps are for held-out pictures, but "
+            f"validation_split, their share, is missing in {data.dataset_config}; write it, or leave the others out."
+        )
+    return file.datasets, file.notes
+
+
+def _check_mask_options(data: config.DataSection, datasets: Sequence[DatasetRules]) -> None:
+    """Refuse options of masks where there are none."""
+    has_masks = any(subset.masks is not None or subset.alpha_mask for dataset in datasets for subset in dataset.subsets)
+    given = {"mask_loss": data.mask_loss != "area", "mask_background": data.mask_background != 0}
+    names = [name for name, is_given in given.items() if is_given]
+    if names and not has_masks:
+        raise UserError(
+            f"{' and '.join(names)} say{'s' * (len(names) == 1)} what masks do to the loss, but there are no masks; "
+            "give their folder with --masks, or --alpha-mask to take the pictures' transparency, or leave it out."
+        )
+
+
+def _caption_options(data: config.DataSection) -> CaptionOptions:
+    return CaptionOptions(
+        shuffle=data.shuffle_caption,
+        keep_tokens=data.keep_tokens,
+        separator=data.caption_separator,
+        keep_separator=data.keep_tokens_separator,
+        secondary_separator=data.secondary_separator,
+        prefix=data.caption_prefix,
+        suffix=data.caption_suffix,
+        dropout=data.caption_dropout,
+        dropout_every_epochs=data.caption_dropout_every_epochs,
+        tag_dropout=data.tag_dropout,
+        token_warmup_steps=data.token_warmup_steps,
+        token_warmup_min=data.token_warmup_min,
+        wildcards=data.wildcards,
+    )
+
+
+def _cut_notes(cfg: TrainConfig, gathered: Gathered) -> list[str]:
+    """Name the pictures whose captions are longer than the text encoder is given."""
+    data, subsets = cfg.data, gathered.subsets
+    texts = [
+        (record.path.name, captions.longest(record.caption, subsets[record.subset].captions))
+        for record in gathered.records
+    ]
+    with open_checkpoint(cfg.model.base) as checkpoint:
+        cut = model_families.cut_captions(
+            checkpoint,
+            (text for _, several in texts for text in several),
+            max_token_length=data.max_token_length,
+            weighted_captions=data.weighted_captions,
+        )
+    names = [name for name, several in texts if cut & set(several)]
+    if not names:
+        return []
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    advice = "" if data.max_token_length == 225 else "; a larger --max-token-length (up to 225) would keep more of them"
+    return [
+        f"{len(names)} {'caption is' if len(names) == 1 else 'captions are'} longer than {data.max_token_length} "
+        "tokens, and the last words are not used: "
+        f"{', '.join(names[:3])}{more}{advice}"
+    ]
+
+
+def _prompts(cfg: TrainConfig, gathered: Gathered) -> list[str]:
+    """Return the prompts to draw: those given, those of a text file, or captions of the training pictures."""
+    samples = cfg.samples
+    if not (samples.before_after or samples.sample_every_steps or samples.sample_every_epochs):
+        return []
+    if len(samples.prompts) == 1 and samples.prompts[0].endswith(".txt"):
+        return _prompts_in(Path(samples.prompts[0]))
+    if samples.prompts:
+        return list(samples.prompts)
+    texts = dict.fromkeys(
+        captions.plain(record.caption, gathered.subsets[record.subset].captions)
+        for record in gathered.records
+        if not record.is_prior
+    )
+    return list(texts)[:_NUM_DEFAULT_PROMPTS]
+
+
+def _prompts_in(path: Path) -> list[str]:
+    """Return a text file's lines; empty ones and those that start with # are left out."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"--prompts {path}: {error}; give a text file in UTF-8 with a prompt a line, or the prompts themselves."
+        ) from error
+    prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not prompts:
+        raise UserError(f"--prompts {path}: no prompt in it; write one a line.")
+    return prompts
+
+
+def _cache(cfg: TrainConfig, say: Say) -> Path | None:
+    """Return the cache folder; None if none is wanted, or it cannot be used."""
+    if not cfg.data.disk_cache:
+        return None
+    return open_cache(cfg.data.cache_dir or default_place(), say)
+
+
+def _teller(processes: Processes) -> Say:
+    """Return what tells a person of trouble with the cache: by process 0 alone, and the same thing once."""
+
+    @cache
+    def say(text: str) -> None:
+        if processes.is_main:
+            tqdm.write(text, file=sys.stderr)
+
+    return say
+
+
+def one_or_each(numbers: Iterable[int]) -> str:
+    """Return a number of all data sets: once if it is the same, else in their order."""
+    return " or ".join(map(str, dict.fromkeys(numbers)))

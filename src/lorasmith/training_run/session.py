@@ -1,0 +1,320 @@
+"""One start of a run: the loop, and what is written on the way."""
+
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from lorasmith import config
+from lorasmith.cache_folder import Store
+from lorasmith.caching import (
+    Encoded,
+)
+from lorasmith.checkpoint import atomic_file
+from lorasmith.command_line import quoted
+from lorasmith.config import TrainConfig
+from lorasmith.data.dataset import Dataset
+from lorasmith.formats import kohya
+from lorasmith.interrupt import StopRequest
+from lorasmith.loss_log import LossLog
+from lorasmith.lr import multiplier
+from lorasmith.memory import lent
+from lorasmith.models.base import LatentDiffusion
+from lorasmith.network import Network
+from lorasmith.output_folder import RUN_FILE, move_aside
+from lorasmith.processes import Processes
+from lorasmith.progress import Progress
+from lorasmith.report import ReportContents, write_report
+from lorasmith.samples_folder import SamplesFolder
+from lorasmith.sampling import generate
+from lorasmith.training import LossNotFiniteError, Stepper
+from lorasmith.training_run.about import file_advice, file_metadata, now
+from lorasmith.training_run.preparation import Preparation, output_folder
+from lorasmith.training_run.resuming import OF_ONE_START, with_whole_paths
+from lorasmith.training_state import (
+    NETWORK_FILE,
+    StateFacts,
+    list_states,
+    save_state,
+    step_of,
+)
+from lorasmith.validation import validation_loss
+
+_STOPPING = "stopping after this step, then saving; once more ends at once, without saving"
+
+
+class Session:
+    """One start of a run: the loop and what is written on the way. Process 0 alone prints and writes."""
+
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        ready: Preparation,
+        processes: Processes,
+        model: LatentDiffusion,
+        network: Network,
+        optimizer: torch.optim.Optimizer,
+        stepper: Stepper,
+        stores: Mapping[Encoded, Store],
+    ) -> None:
+        self.cfg, self.ready, self.processes, self.model = cfg, ready, processes, model
+        self.network, self.optimizer, self.stepper, self.stores = network, optimizer, stepper, stores
+        self.folder, self.state = output_folder(cfg), ready.state
+        self.started_at = now() if self.state is None else self.state.facts.started_at
+        self.done = 0 if self.state is None else self.state.facts.step
+        self.losses: LossLog | None = None
+        self.validation_losses: LossLog | None = None
+        self.samples: SamplesFolder | None = None
+        self.board: Any = None
+
+    def run(self, dataset: Dataset) -> int:
+        """Train; return the exit code."""
+        together, is_main = self.processes.together, self.processes.is_main
+        with ExitStack() as stack:
+            for store in self.stores.values():
+                stack.callback(store.flush)
+            with together():
+                if is_main:
+                    self._open_folder(stack)
+                if self.done == 0 and self.cfg.samples.before_after:
+                    self._draw()
+            if self.done == 0 or self._is_validation_due():  # maybe stopped before it could be measured
+                self._validate(dataset)
+            stop = stack.enter_context(StopRequest(_STOPPING if is_main else ""))
+            try:
+                is_stopped = self._loop(dataset, stop)
+            except LossNotFiniteError as error:
+                raise LossNotFiniteError(f"{error}{self._way_on()}") from error
+            if is_stopped:
+                with together():  # a launcher ends the others as soon as one has ended, but process 0 is saving
+                    return self._leave(stop)
+            with together():
+                if is_main:
+                    self._finish()
+        return 0
+
+    def _loop(self, dataset: Dataset, stop: StopRequest) -> bool:
+        """Take steps to the end, or until any process was asked to stop; return whether that was so."""
+        total, optimizer, processes = self.ready.total_steps, self.cfg.optimizer, self.processes
+        is_shown = self.cfg.log.progress and processes.is_main
+        with Progress(total, self.done, processes.device, is_shown=is_shown) as progress:
+            prepared = dataset.prefetch(range(self.done, total), processes.index, self.cfg.data.workers)
+            while self.done < total:
+                with processes.together():
+                    batches = next(prepared)
+                rate = multiplier(
+                    optimizer.lr_schedule, self.done, warmup_steps=optimizer.lr_warmup_steps, total_steps=total
+                )
+                result = self.stepper.step(batches, rate, step=self.done, stop_signal=lambda: stop.signal_number)
+                self.done += 1
+                with processes.together():
+                    if processes.is_main:
+                        self._log(result.loss, rate)
+                    progress.advance(result.loss)
+                if result.stop_signal is None and self._is_validation_due():
+                    progress.say(self._validate(dataset))
+                with processes.together():
+                    if result.stop_signal is None:
+                        self._save_and_draw_when_due(progress.say)
+                if result.stop_signal is not None:
+                    stop.signal_number = result.stop_signal  # maybe another process's
+                    return self.done < total
+        return False
+
+    def _is_validation_due(self) -> bool:
+        if self.ready.validation is None:
+            return False
+        validation, done = self.cfg.validation, self.done
+        periods = [
+            validation.validate_every_steps,
+            validation.validate_every_epochs and validation.validate_every_epochs * self.ready.plan.steps_per_epoch,
+        ]
+        if not any(periods):
+            periods = [self.ready.plan.steps_per_epoch]
+        return done == self.ready.total_steps or any(period and done % period == 0 for period in periods)
+
+    def _validate(self, dataset: Dataset) -> str:
+        """Measure and log the loss of the held-out pictures, if there are any; return what to say of it."""
+        plan = self.ready.validation
+        if plan is None:
+            return ""
+        loss = validation_loss(
+            self.model, plan, dataset.held_out(plan), self.processes, self.stepper.encode,
+            workers=self.cfg.data.workers,
+        )  # fmt: skip
+        if (log := self.validation_losses) is not None and self.done not in dict(log.losses):
+            log.append(self.done, loss)
+            if self.board is not None:
+                self.board.add_scalar("loss/validation", loss, self.done)
+        return f"held-out pictures after step {self.done}: loss {loss:.4f}"
+
+    def _way_on(self) -> str:
+        """Name the last whole state and the command that goes on from it more carefully; "" if there is none.
+
+        Resuming would come to the same step with the same loss, so it is a new run that starts from these weights.
+        """
+        states = [state for state in list_states(self.folder.states) if step_of(state) <= self.done]
+        if not states:
+            return ""
+        optimizer, output = self.cfg.optimizer, self.folder.path.resolve()
+        rates = {
+            "--learning-rate": optimizer.learning_rate,
+            "--unet-lr": optimizer.unet_lr,
+            "--text-encoder-lr": optimizer.text_encoder_lr,
+        }
+        words = [
+            "lorasmith", "train", "--config", output / RUN_FILE, "--weights", states[-1].resolve() / NETWORK_FILE,
+            *(word for flag, rate in rates.items() if rate is not None for word in (flag, f"{rate / 10:g}")),
+            "--output", f"{output}-2",
+        ]  # fmt: skip
+        return (
+            f" The last whole state is that of step {step_of(states[-1])}; from there with a tenth of the learning "
+            f"rate: {' '.join(map(quoted, words))}"
+        )
+
+    def _save_and_draw_when_due(self, say: Callable[[str], None]) -> None:
+        save, samples, done = self.cfg.save, self.cfg.samples, self.done
+        steps_per_epoch = self.ready.plan.steps_per_epoch
+        epoch = done // steps_per_epoch if done % steps_per_epoch == 0 else 0
+        if done == self.ready.total_steps:
+            return
+        paths = []
+        if epoch and save.save_every_epochs and epoch % save.save_every_epochs == 0:
+            paths.append(self.folder.epoch(epoch))
+        if save.save_every_steps and done % save.save_every_steps == 0:
+            paths.append(self.folder.step(done))
+        is_state_due = bool(save.state_every_steps) and done % save.state_every_steps == 0
+        if self.processes.is_main:
+            for path in paths:
+                self._save_lora(path)
+                say(f"saved {path}")
+            if paths or is_state_due:
+                self._save_state()
+        if (samples.sample_every_steps and done % samples.sample_every_steps == 0) or (
+            epoch and samples.sample_every_epochs and epoch % samples.sample_every_epochs == 0
+        ):
+            self._draw()
+
+    def _leave(self, stop: StopRequest) -> int:
+        """Save what was reached after a request to stop, and say how to go on."""
+        if self.processes.is_main:
+            path = self.folder.step(self.done)
+            self._save_lora(path)
+            self._save_state()
+            print(
+                f"\nstopped after step {self.done} of {self.ready.total_steps}; saved {path}\n"
+                f"to go on: lorasmith train --resume {quoted(self.folder.path)}",
+                flush=True,
+            )
+        return stop.exit_code
+
+    def _finish(self) -> None:
+        """Save the last LoRA and state, draw, and write the report."""
+        path = self.folder.last()
+        norms = self._save_lora(path)
+        self._save_state()
+        if self.cfg.samples.before_after:
+            self._draw()
+        page = write_report(self.folder.report, self._report(path, norms))
+        print(f"\nthe LoRA: {path}\nthe report: {page}", flush=True)
+
+    def _open_folder(self, stack: ExitStack) -> None:
+        if self.state is None and (aside := move_aside(self.folder)) is not None:
+            print(f"the older run was moved to {aside}")
+        self.folder.path.mkdir(parents=True, exist_ok=True)
+        stored = self.cfg.model_dump(mode="json", exclude_none=True, exclude_defaults=True, exclude=OF_ONE_START)
+        with atomic_file(self.folder.run_file) as path:
+            path.write_text(config.dump_toml(with_whole_paths(stored)), encoding="utf-8")
+        self.losses = LossLog(self.folder.loss_log, done=self.done)
+        stack.callback(self.losses.close)
+        if self.ready.validation is not None:
+            self.validation_losses = LossLog(self.folder.validation_log, done=self.done)
+            stack.callback(self.validation_losses.close)
+        samples = self.cfg.samples
+        self.samples = SamplesFolder(
+            self.folder.samples,
+            self.ready.prompts,
+            {
+                "size": samples.sample_size or self.ready.resolution,
+                **samples.model_dump(include={"negative", "sample_steps", "guidance", "sample_seed"}),
+            },
+            done=self.done,
+        )
+        if self.cfg.log.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # takes a second, and not everyone wants it
+
+            self.board = SummaryWriter(str(self.folder.tensorboard), purge_step=self.done + 1)
+            stack.callback(self.board.close)
+
+    def _log(self, loss: float, rate: float) -> None:
+        assert self.losses is not None
+        rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
+        self.losses.append(self.done, loss, lr=max(rates.values()))
+        if self.board is not None:
+            self.board.add_scalar("loss", loss, self.done)
+            for name, value in rates.items():
+                self.board.add_scalar(f"lr/{name}", value, self.done)
+
+    def _save_lora(self, path: Path) -> dict[str, float]:
+        """Write the LoRA, read it back and compare; return the norm of each module's update."""
+        precision, tensors = self.cfg.save.save_precision, self.network.state_dict()
+        kohya.write(path, tensors, file_metadata(self.cfg, self.ready, self.done, self.started_at), precision=precision)
+        return kohya.check(path, tensors, precision=precision)
+
+    def _save_state(self) -> None:
+        facts = StateFacts(self.done, self.ready.fingerprint, self.started_at, self.ready.plan.unit_sizes)
+        save_state(
+            self.folder.states,
+            facts,
+            self.network.state_dict(),
+            self.optimizer.state_dict(),
+            self.stepper.scaler.state_dict(),
+            keep=self.cfg.save.keep_states,
+        )
+
+    def _draw(self) -> None:
+        """Draw the prompts as the model is now, and the sheet of all moments so far."""
+        samples = self.cfg.samples
+        if not self.processes.is_main or not self.ready.prompts:
+            return
+        assert self.samples is not None
+        size = samples.sample_size or self.ready.resolution
+        if self.cfg.log.progress:
+            tqdm.write(f"drawing {len(self.ready.prompts)} samples, {size[0]}x{size[1]}", file=sys.stdout)
+        seeds = [samples.sample_seed + i for i in range(len(self.ready.prompts))]
+        with lent(self.model.vae, self.model.device):
+            pictures = generate(
+                self.model,
+                self.ready.prompts,
+                seeds=seeds,
+                size=size,
+                negative=samples.negative,
+                steps=samples.sample_steps,
+                guidance=samples.guidance,
+            )
+        self.samples.add(self.done, pictures)
+
+    def _report(self, path: Path, norms: Mapping[str, float]) -> ReportContents:
+        assert self.losses is not None
+        assert self.samples is not None
+        before, after = (self.samples.pictures(step) for step in (0, self.done))
+        settings = self.cfg.model_dump(mode="json", exclude_none=True, exclude={"resume", "dry_run"})
+        return ReportContents(
+            title=f"{self.cfg.save.title or self.cfg.save.name or self.folder.path.name}: a LoRA",
+            summary=[
+                f"{self.done} steps on {len(self.ready.records)} pictures for {Path(self.cfg.model.base).name}, "
+                f"{self.ready.facts.title}. The largest update is in {max(norms, key=lambda name: norms[name])}.",
+            ],
+            settings=settings,
+            losses=self.losses.losses,
+            validation=[] if self.validation_losses is None else self.validation_losses.losses,
+            norms=norms,
+            files=file_advice(path, self.folder, self.ready.facts),
+            prompts=self.ready.prompts if after else [],
+            before=before,
+            after=after,
+        )
