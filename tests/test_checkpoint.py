@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import pickle
+import shutil
 import struct
 import tracemalloc
 import warnings
@@ -167,6 +168,24 @@ def test_a_failed_folder_leaves_the_old_folder(tmp_path: Path) -> None:
         (folder / "x").write_text("new")
         raise OSError(errno.ENOSPC, "No space left on device")
     assert (target / "x").read_text() == "old" and list(tmp_path.iterdir()) == [target]
+
+
+def test_a_folder_is_whole_when_the_deletion_of_the_older_one_is_cut_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "model"
+    with synced_folder(target) as folder:
+        (folder / "x").write_text("old")
+
+    def cut(path: Path, **_: object) -> None:
+        if path.exists():
+            (path / "x").unlink()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", cut)
+    with pytest.raises(KeyboardInterrupt), synced_folder(target) as folder:
+        (folder / "x").write_text("new")
+    assert (target / "x").read_text() == "new"
 
 
 def header(text: bytes, data: bytes = b"", length: int | None = None) -> bytes:

@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from lorasmith.errors import UserError
+from lorasmith.errors import FullDisk, UserError
 from lorasmith.inert_pickle import InertUnpickler, StorageKey, TensorDescription, shown
 
 _MAX_HEADER = 100_000_000  # bytes; safetensors' own limit, and here that of a pickle too
@@ -465,7 +465,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; when the block ends well it takes the place of `path` in one step.
 
     Raises:
-        UserError: the disk is full. An older file is then left as it was.
+        FullDisk: an older file is then left as it was.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -488,20 +488,22 @@ def synced_folder(target: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `target`; when the block ends well it takes the place of `target`.
 
     Raises:
-        UserError: the disk is full. An older folder is then left as it was.
+        FullDisk: an older folder is then left as it was.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    older = temporary.with_name(f"{temporary.name}.older")
     try:
         with _explained(target):
             yield temporary
-            for file in temporary.iterdir():
+            for file in temporary.rglob("*"):
                 _sync(file)
             temporary.chmod(0o777 & ~_umask())
             if target.exists():
-                shutil.rmtree(target)
+                os.replace(target, older)  # to delete it takes longer, and what is half deleted is lost
             os.replace(temporary, target)
             _sync(target.parent)
+            shutil.rmtree(older, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -516,9 +518,9 @@ def _explained(path: Path) -> Iterator[None]:
         if code not in _NO_SPACE and "No space left" not in str(error):
             raise
         free = shutil.disk_usage(path.parent).free
-        raise UserError(
+        raise FullDisk(
             f"{path} could not be saved: the disk is full ({free / 2**20:.0f} MiB free). "
-            "Whatever was there before is untouched; make room and go on with --resume, or save elsewhere (--output)."
+            "Whatever was there before is untouched; make room and start again, or save elsewhere."
         ) from error
 
 

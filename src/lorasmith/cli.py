@@ -19,12 +19,12 @@ from typing import Any
 import lorasmith
 from lorasmith import config
 from lorasmith.config import COMMANDS, Option, Section
-from lorasmith.errors import UserError
+from lorasmith.errors import FullDisk, UserError
 
 _SCHEMA = "schema"
 _SCHEMA_HELP = "Print the JSON Schema of a command's options."
 # What fails outside of the program, and what to do; any other OSError is taken for a bug of ours.
-_NO_SPACE = "the disk is full; make room and start again (a run goes on with --resume), or save elsewhere"
+_NO_SPACE = "the disk is full; make room and start again, or save elsewhere"
 _OUTSIDE = {
     errno.ENOSPC: _NO_SPACE,
     errno.EDQUOT: _NO_SPACE,
@@ -43,9 +43,12 @@ _METAVARS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line (sys.argv's, unless given) and return the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        code = _dispatch(list(sys.argv[1:] if arguments is None else arguments))
+        code = _dispatch(arguments)
         sys.stdout.flush()
+    except FullDisk as error:
+        return _fail(f"{error}{_going_on(arguments)}", 2)
     except UserError as error:
         return _fail(str(error), 2)
     except KeyboardInterrupt:
@@ -57,10 +60,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.errno not in _OUTSIDE:
             return _bug()
         where = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{where}{_OUTSIDE[error.errno]} ({error.strerror}).", 2)
+        hint = _going_on(arguments) if _OUTSIDE[error.errno] == _NO_SPACE else ""
+        return _fail(f"{where}{_OUTSIDE[error.errno]} ({error.strerror}).{hint}", 2)
     except Exception:
         return _bug()
     return code
+
+
+def _going_on(arguments: Sequence[str]) -> str:
+    """Return a sentence for a command that need not begin anew."""
+    command = COMMANDS.get(next(iter(arguments), ""))
+    can_resume = command is not None and any(option.flag == "--resume" for option in config.options(command))
+    return " What was begun goes on with --resume." if can_resume else ""
 
 
 def _bug() -> int:

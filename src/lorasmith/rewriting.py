@@ -116,8 +116,6 @@ def rewrite(checkpoint: Checkpoint, output: Path, dtypes: Mapping[str, torch.dty
                 notes += _rewrite_file(checkpoint, source, target, target.suffix.lower(), dtypes, change)
             else:
                 shutil.copyfile(source, target)
-            with target.open("rb+") as written:
-                os.fsync(written.fileno())
     return notes
 
 

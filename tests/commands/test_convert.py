@@ -1,7 +1,9 @@
 """`lorasmith convert`: round trips are exact, what has no place is told, and nothing is overwritten."""
 
+import errno
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 
@@ -201,6 +203,19 @@ def test_sd2_too(tmp_path: Path, to: str, output: str) -> None:
     assert {k: v.float().tolist() for k, v in back.items()} == {
         k: v.float().tolist() for k, v in writers.flat(layers).items()
     }
+
+
+def test_a_full_disk_is_told_as_this_command_can_be_helped(
+    tmp_path: Path, lora: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    output = tmp_path / "b.safetensors"
+    monkeypatch.setattr(os, "fsync", full)
+    told = mistake(tmp_path, capsys, str(lora), "--output", str(output))
+    assert f"{output} could not be saved: the disk is full" in told and "make room and start again" in told
+    assert "--resume" not in told  # which this command does not have
 
 
 def test_a_file_is_mended_in_its_place_when_that_is_asked_for(tmp_path: Path) -> None:
