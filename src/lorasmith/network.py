@@ -218,17 +218,15 @@ def adapter_class(name: str) -> type[Adapter]:
 
 
 def recognise(tensors: Mapping[str, Tensor]) -> type[Adapter]:
-    """Return the adapter type whose tensors these are, by their names.
+    """Return the adapter type whose tensors of one layer these are; no two types match the same.
 
     Raises:
         ValueError: of none that is known.
     """
-    names = set(tensors)
-    for plug in plugins.names("adapters"):
-        kind = adapter_class(plug)
-        if kind.required_names <= names <= kind.required_names | kind.optional_names:
-            return kind
-    raise ValueError(f"the file holds {', '.join(sorted(names))}, which is no complete adapter of a known type")
+    kinds = (adapter_class(plug) for plug in plugins.names("adapters"))
+    if (kind := next((kind for kind in kinds if kind.matches(tensors)), None)) is None:
+        raise ValueError(f"the file holds {', '.join(sorted(tensors))}, which is no complete adapter of a known type")
+    return kind
 
 
 def group_by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -68,7 +68,7 @@ def test_forward_equals_delta_applied_to_the_weight(adapter: str, kind: str, pre
     network.multiplier = 0.7
     exact = make_layer(kind, dtype).double()  # the oracle: fp64 with the delta in the weight
     weight = layer.weight.double() + 0.7 * only_adapter(network).delta(layer.weight).double()
-    expected, plain = apply_weight(exact, weight, x.double()), layer(x)
+    expected, plain = apply_weight(exact, weight, exact.bias, x.double()), layer(x)
     network.attach()
     adapted = layer(x)
     assert adapted.dtype == dtype and adapted.shape == expected.shape
@@ -138,7 +138,7 @@ def test_gradients_equal_those_through_delta(adapter: str, kind: str) -> None:
     layer = make_layer(kind)
     x, one = make_input(layer), only_adapter(make_network(layer, adapter))
     fast = torch.autograd.grad(one(layer, x, layer(x)).square().mean(), list(one.parameters()))
-    merged = apply_weight(layer, layer.weight + one.delta(layer.weight), x)
+    merged = apply_weight(layer, layer.weight + one.delta(layer.weight), layer.bias, x)
     slow = torch.autograd.grad(merged.square().mean(), list(one.parameters()))
     for a, b in zip(fast, slow, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)

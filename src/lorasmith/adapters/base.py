@@ -1,12 +1,13 @@
-"""What an adapter is: a small trainable change to one frozen Linear or Conv2d layer.
+"""What an adapter is: a small trainable change to one frozen layer (Linear, Conv2d, LayerNorm or GroupNorm).
 
-`delta` defines it (law 2): training, merging, extracting and generating all mean W + multiplier * delta(W). A module of
-this package names its class as `ADAPTER`; `lorasmith.network` finds it by the module's name.
+`delta` defines it (law 2): training, merging, extracting and generating all mean W + multiplier * delta(W), and
+b + multiplier * delta_bias(b) for the few types that change a layer's bias too. A module of this package names its
+class as `ADAPTER`; `lorasmith.network` finds it by the module's name.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,12 @@ class Adapter(nn.Module, ABC):
     def __init__(self, layer_shape: Sequence[int], rank: int, alpha: float | None = None, **options: Any) -> None:
         """Build for a layer whose weight has `layer_shape`; `alpha` None means alpha = rank."""
         super().__init__()
+
+    @classmethod
+    def matches(cls, tensors: Mapping[str, Tensor]) -> bool:
+        """Return whether these are a layer's tensors of this type: by name, and by shape where names do not tell."""
+        names = set(tensors)
+        return cls.required_names <= names <= cls.required_names | cls.optional_names
 
     @classmethod
     @abstractmethod
@@ -50,6 +57,13 @@ class Adapter(nn.Module, ABC):
     def delta(self, weight: Tensor) -> Tensor:
         """Return the change of the layer's weight, in fp32 and of the weight's shape, without the multiplier."""
 
+    def delta_bias(self, bias: Tensor | None) -> Tensor | None:
+        """Return the change of the layer's bias, in fp32 and without the multiplier; None: the bias stays as it is.
+
+        `bias` is None where the layer has none; a change is then the whole bias.
+        """
+        return None
+
     @abstractmethod
     def scale_(self, factor: float) -> None:
         """Make `delta` `factor` times what it was, in place."""
@@ -60,13 +74,22 @@ class Adapter(nn.Module, ABC):
 
     def forward(self, layer: nn.Module, x: Tensor, output: Tensor) -> Tensor:
         """Return what the adapted layer makes of `x`; `output` is what the layer alone made of it."""
-        weight = layer.get_parameter("weight")
-        return apply_weight(layer, (weight.float() + self.multiplier * self.delta(weight)).to(weight.dtype), x)
+        weight, bias = layer.get_parameter("weight"), cast("Tensor | None", layer.bias)
+        changed = (weight.float() + self.multiplier * self.delta(weight)).to(weight.dtype)
+        delta_bias = self.delta_bias(bias)
+        if delta_bias is not None:
+            delta_bias = self.multiplier * delta_bias
+            bias = (delta_bias if bias is None else bias.float() + delta_bias).to(weight.dtype)
+        return apply_weight(layer, changed, bias, x)
 
 
-def apply_weight(layer: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
-    """Run a Linear or Conv2d with another weight in place of its own."""
+def apply_weight(layer: nn.Module, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    """Run a Linear, Conv2d, LayerNorm or GroupNorm with another weight and bias in place of its own."""
     if isinstance(layer, nn.Conv2d):
-        return F.conv2d(x, weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
-    assert isinstance(layer, nn.Linear), f"an adapter goes on a Linear or Conv2d, not on a {type(layer).__name__}"
-    return F.linear(x, weight, layer.bias)
+        return F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+    if isinstance(layer, nn.LayerNorm):
+        return F.layer_norm(x, layer.normalized_shape, weight, bias, layer.eps)
+    if isinstance(layer, nn.GroupNorm):
+        return F.group_norm(x, layer.num_groups, weight, bias, layer.eps)
+    assert isinstance(layer, nn.Linear), f"no adapter goes on a {type(layer).__name__}"
+    return F.linear(x, weight, bias)
