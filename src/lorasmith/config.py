@@ -426,6 +426,15 @@ class SaveSection(Section):
     save_precision: Literal["float", "fp16", "bf16"] = Field(default="fp16", description="Precision of the saved LoRA.")
     save_every_epochs: PositiveInt | None = Field(default=None, description="Save a LoRA every n epochs.")
     save_every_steps: PositiveInt | None = Field(default=None, description="Save a LoRA every n steps.")
+    saves: PositiveInt | None = Field(
+        default=None, description="Save at least so many LoRAs over the run, after epochs evenly apart."
+    )
+    keep_last_epochs: PositiveInt | None = Field(
+        default=None, description="Of the LoRAs saved after epochs, keep only the newest n."
+    )
+    keep_last_steps: PositiveInt | None = Field(
+        default=None, description="Of the LoRAs saved after steps, keep only those of the last n steps."
+    )
     state_every_steps: Annotated[int, Field(ge=0)] = Field(
         default=250,
         description="Save a resumable state every n steps, besides the one at each save and at the end; 0: never.",
@@ -440,7 +449,19 @@ class SaveSection(Section):
     license: str | None = Field(default=None, description="License in the file's metadata.")
     tags: str | None = Field(default=None, description="Comma-separated tags in the file's metadata.")
     trigger_phrase: str | None = Field(default=None, description="Trigger phrase in the file's metadata.")
+    usage_hint: str | None = Field(default=None, description="Hint for use in the file's metadata.")
+    merged_from: str | None = Field(
+        default=None, description="In the file's metadata, the models that the base model was merged from."
+    )
+    preprocessor: str | None = Field(default=None, description="Preprocessor in the file's metadata.")
+    thumbnail: Place | None = Field(
+        default=None, description="A picture for the file's metadata, which some programs show; made small there."
+    )
     comment: str | None = Field(default=None, description="Free text in the file's metadata.")
+    metadata: Literal["full", "minimal"] = Field(
+        default="full",
+        description="What the file says of its training: all that UIs show, or only what programs need to load it.",
+    )
     share_captions: bool = Field(
         default=True, description="Write folder names and caption tags into the file's metadata, as UIs show them."
     )
@@ -540,6 +561,14 @@ def contradictions(cfg: TrainConfig) -> list[str]:
             optimizer.unet_lr and network.train == "text_encoder"
         ),
         **dict.fromkeys(_bucket_contradictions(data, are_in_file=data.dataset_config is not None), True),
+        "saves and save_every_epochs both say after which epochs to save; leave out one of them": cfg.save.saves
+        and cfg.save.save_every_epochs,
+        "keep_last_epochs is for LoRAs saved after epochs, but save_every_epochs and saves are left out; give one of "
+        "them, or leave it out": (
+            cfg.save.keep_last_epochs and not (cfg.save.save_every_epochs or cfg.save.saves) and not cfg.resume
+        ),
+        "keep_last_steps is for LoRAs saved after steps, but save_every_steps is left out; give it, or leave the other "
+        "out": cfg.save.keep_last_steps and not cfg.save.save_every_steps and not cfg.resume,
         f"lr_warmup_steps = {optimizer.lr_warmup_steps} is not below steps = {training.steps}; "
         "lower the first or raise the second": training.steps and optimizer.lr_warmup_steps >= training.steps,
         f"captions names a metadata JSON, but source = {data.source} has captions of its own; leave out one of them": (

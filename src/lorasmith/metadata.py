@@ -123,6 +123,16 @@ _ONLY_WHEN_GIVEN = {
 }
 
 
+def minimal(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return what programs need to load a file, out of its `ss_*` metadata; sd-scripts keeps it with --no_metadata."""
+    return {name: value for name, value in metadata.items() if name in _MINIMAL}
+
+
+_MINIMAL = {
+    "ss_v2", "ss_base_model_version", "ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args",
+}  # fmt: skip
+
+
 def training(values: Mapping[str, Any]) -> dict[str, str]:
     """Return the `ss_*` metadata of a training.
 
@@ -164,6 +174,10 @@ def model_spec(
     license: str | None = None,
     tags: str | None = None,
     trigger_phrase: str | None = None,
+    usage_hint: str | None = None,
+    merged_from: str | None = None,
+    preprocessor: str | None = None,
+    thumbnail: str | None = None,
 ) -> dict[str, str]:
     """Return the `modelspec.*` metadata (ModelSpec 1.0.1); what is None is left out.
 
@@ -172,6 +186,7 @@ def model_spec(
         resolution: training size, pixels (w, h).
         time: when it was made, unix seconds; written as UTC.
         prediction: `epsilon` or `v_prediction`.
+        thumbnail: a picture as a `data:` URL.
     """
     values = {
         "sai_model_spec": "1.0.1",
@@ -187,6 +202,10 @@ def model_spec(
         "license": license,
         "tags": tags,
         "trigger_phrase": trigger_phrase,
+        "usage_hint": usage_hint,
+        "merged_from": merged_from,
+        "preprocessor": preprocessor,
+        "thumbnail": thumbnail,
     }
     return {f"modelspec.{name}": value for name, value in values.items() if value is not None}
 

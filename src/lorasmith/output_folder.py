@@ -63,6 +63,20 @@ class OutputFolder:
         stem = f"{self.name}-step{step:08d}" if self.name else f"step-{step:08d}"
         return self.path / f"{stem}.{self.extension}"
 
+    def saved_epochs(self) -> dict[int, Path]:
+        """The files that are there of epochs, by number."""
+        return self._saved(self.epoch(0).name, 6)
+
+    def saved_steps(self) -> dict[int, Path]:
+        """The files that are there of steps, by number."""
+        return self._saved(self.step(0).name, 8)
+
+    def _saved(self, zeroth: str, digits: int) -> dict[int, Path]:
+        before, _, after = zeroth.rpartition("0" * digits)
+        pattern = re.compile(rf"{re.escape(before)}(\d{{{digits},}}){re.escape(after)}")
+        found = ((pattern.fullmatch(path.name), path) for path in self.path.iterdir())
+        return {int(match[1]): path for match, path in found if match}
+
 
 def check_free(folder: OutputFolder, *, overwrite: bool) -> None:
     """Refuse a place that cannot be written to or that holds another run's results.

@@ -17,8 +17,10 @@ CHANGEABLE = {
     "steps", "epochs", "workers", "device", "batch_size", "cache_latents", "skip_unreadable", "max_megapixels",
     "disk_cache", "cache_dir", "npz_dir",
     "gradient_checkpointing", "dataset_config", "dataset_root",
-    "save_every_epochs", "save_every_steps", "state_every_steps", "keep_states", "format", "save_precision",
-    "title", "author", "description", "license", "tags", "trigger_phrase", "comment", "share_captions",
+    "save_every_epochs", "save_every_steps", "saves", "keep_last_epochs", "keep_last_steps",
+    "state_every_steps", "keep_states", "format", "save_precision",
+    "title", "author", "description", "license", "tags", "trigger_phrase", "usage_hint", "merged_from",
+    "preprocessor", "thumbnail", "comment", "metadata", "share_captions",
     "prompts", "sample_every_steps", "sample_every_epochs", "before_after", "negative", "sample_size", "sample_steps",
     "guidance", "sample_seed", "tensorboard", "progress", "validate_every_epochs", "validate_every_steps",
 }  # fmt: skip

@@ -4,6 +4,7 @@ What an option does is read off the weights that are saved, the log, the metadat
 with a run that ought to give the same, or ought not to.
 """
 
+import base64
 import contextlib
 import io
 import json
@@ -532,6 +533,57 @@ def test_states_are_saved_when_due_and_the_newest_are_kept(place: Place) -> None
     assert [path.name for path in sorted((every.folder / "states").iterdir())] == ["step-00000003", "step-00000004"]
     none = place.train(*options)
     assert [path.name for path in (none.folder / "states").iterdir()] == ["step-00000004"]
+
+
+def test_only_the_newest_saves_are_kept_where_asked(place: Place) -> None:
+    options = ["--train", "text_encoder", "--steps", 6]  # an epoch
+    epochs = place.train("--train", "text_encoder", "--batch-size", 3, "--epochs", 4, "--save-every-epochs", 1,
+                         "--keep-last-epochs", 2)  # fmt: skip
+    assert names(epochs) == {"last.safetensors", "epoch-000002.safetensors", "epoch-000003.safetensors"}
+    steps = place.train(*options, "--save-every-steps", 1, "--keep-last-steps", 2)
+    assert names(steps) == {"last.safetensors", *(f"step-{step:08d}.safetensors" for step in (3, 4, 5))}
+
+
+def test_saves_are_spread_over_the_run(place: Place) -> None:
+    saved = place.train("--train", "text_encoder", "--batch-size", 3, "--epochs", 5, "--saves", 2)
+    assert names(saved) == {"last.safetensors", "epoch-000002.safetensors", "epoch-000004.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--keep-last-epochs", "1"], "keep_last_epochs is for LoRAs saved after epochs"),
+        (["--keep-last-steps", "1"], "keep_last_steps is for LoRAs saved after steps"),
+        (["--saves", "1", "--save-every-epochs", "1"], "saves and save_every_epochs both say"),
+    ],
+)
+def test_saves_that_contradict_each_other_are_refused(
+    place: Place, capsys: pytest.CaptureFixture[str], options: list[str], told: str
+) -> None:
+    assert main(["train", "--base", "x", "--images", "x", "--output", "x", *options]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_thumbnail_and_hints_go_into_the_metadata(place: Place, tmp_path: Path) -> None:
+    picture = tmp_path / "me.png"
+    Image.new("RGB", (600, 300), "red").save(picture)
+    metadata = place.train(
+        "--thumbnail", picture, "--usage-hint", "say sks", "--merged-from", "a, b", "--preprocessor", "canny"
+    ).metadata
+    hints = ("usage_hint", "merged_from", "preprocessor")
+    assert [metadata[f"modelspec.{name}"] for name in hints] == ["say sks", "a, b", "canny"]
+    head, _, data = metadata["modelspec.thumbnail"].partition(",")
+    shown = Image.open(io.BytesIO(base64.b64decode(data)))
+    assert head == "data:image/jpeg;base64" and shown.size == (256, 128)
+    assert shown.getpixel((128, 64))[0] > 240  # type: ignore[index]
+
+
+def test_minimal_metadata_says_nothing_of_the_training(place: Place) -> None:
+    metadata, full = place.train("--metadata", "minimal").metadata, place.train().metadata
+    own = {name for name in metadata if name.startswith("ss_")}
+    assert own == {"ss_v2", "ss_base_model_version", "ss_network_module", "ss_network_dim", "ss_network_alpha"}
+    assert all(metadata[name] == full[name] for name in own)
+    assert metadata["sshs_model_hash"] == full["sshs_model_hash"]
 
 
 def test_the_file_says_what_it_was_told_of_itself(place: Place) -> None:

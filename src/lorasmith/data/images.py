@@ -5,6 +5,7 @@ not an hour later. Only plain picture formats are decoded, whatever a file's nam
 renamed EPS to Ghostscript. docs/pictures.md tells users what becomes of which kind.
 """
 
+import base64
 import contextlib
 import difflib
 import hashlib
@@ -216,6 +217,18 @@ def open_image(path: Path, *, alpha_color: str = "white") -> Image.Image:
         UnreadablePicture: missing, empty, truncated, not a picture, or larger than the limit.
     """
     return _decode(path, _read(path), alpha_color).image
+
+
+def thumbnail_url(path: Path, side: int = 256) -> str:
+    """Return a picture, made small enough for a square of `side` pixels, as a `data:` URL of a JPEG.
+
+    Raises:
+        UnreadablePicture: as `open_image`.
+    """
+    picture, stream = open_image(path), BytesIO()
+    picture.thumbnail((side, side))
+    picture.save(stream, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
 def open_record(record: ImageRecord, *, alpha_color: str = "white") -> Image.Image:

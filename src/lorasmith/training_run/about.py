@@ -102,10 +102,15 @@ def file_metadata(cfg: TrainConfig, ready: Preparation, step: int, started_at: f
         license=save.license,
         tags=save.tags,
         trigger_phrase=save.trigger_phrase,
+        usage_hint=save.usage_hint,
+        merged_from=save.merged_from,
+        preprocessor=save.preprocessor,
+        thumbnail=ready.thumbnail,
     )
     if data.dataset_config is not None:
         values |= dataset_metadata.describe(ready.datasets, ready.records, plan, shares_captions=save.share_captions)
-    return {**metadata.training(values), **spec}
+    full = metadata.training(values)
+    return {**(full if save.metadata == "full" else metadata.minimal(full)), **spec}
 
 
 def _folders(records: list[ImageRecord]) -> dict[str, dict[str, int]]:

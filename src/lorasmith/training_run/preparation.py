@@ -18,7 +18,7 @@ from lorasmith.data import captions, dataset_config, npz_latents
 from lorasmith.data.buckets import Buckets, CropPlan, Size
 from lorasmith.data.captions import CaptionOptions
 from lorasmith.data.gathering import Gathered, gather
-from lorasmith.data.images import remembering, set_pixel_limit
+from lorasmith.data.images import remembering, set_pixel_limit, thumbnail_url
 from lorasmith.data.plan import Plan, build_plan, validation_plan
 from lorasmith.data.records import ImageRecord
 from lorasmith.data.subsets import Augmentation, DatasetRules, Subset
@@ -65,6 +65,7 @@ class Preparation:
     state: State | None
     cache: Path | None
     say: Say
+    thumbnail: str | None  # a `data:` URL
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,7 @@ def prepare(cfg: TrainConfig, processes: Processes, state: State | None) -> Prep
         [*notes, *gathered.notes, *_cut_notes(cfg, gathered), *plan.notes],
         plan, validation_plan(plan, gathered.records, seed=_validation_seed(cfg)), total_steps, _prompts(cfg, gathered),
         cached, npz, fingerprint, state, cache_place, say,
+        thumbnail_url(cfg.save.thumbnail) if cfg.save.thumbnail else None,
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ OF_ONE_START: Any = {"resume": True, "save": {"overwrite"}}  # options that a re
 _PLACES = (  # options of a run that name something on the disk, so that it can be gone on with from anywhere
     ("model", "base"), ("model", "vae"), ("network", "weights"),
     ("data", "images"), ("data", "regularization"), ("data", "captions"), ("data", "masks"),
-    ("data", "dataset_config"), ("data", "npz_dir"),
+    ("data", "dataset_config"), ("data", "npz_dir"), ("save", "thumbnail"),
 )  # fmt: skip
 
 

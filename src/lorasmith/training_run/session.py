@@ -183,7 +183,8 @@ class Session:
         if done == self.ready.total_steps:
             return
         paths = []
-        if epoch and save.save_every_epochs and epoch % save.save_every_epochs == 0:
+        every_epochs = self._epochs_between_saves()
+        if epoch and every_epochs and epoch % every_epochs == 0:
             paths.append(self.folder.epoch(epoch))
         if save.save_every_steps and done % save.save_every_steps == 0:
             paths.append(self.folder.step(done))
@@ -192,12 +193,32 @@ class Session:
             for path in paths:
                 self._save_lora(path)
                 say(f"saved {path}")
+            self._remove_old_saves(epoch)
             if paths or is_state_due:
                 self._save_state()
         if (samples.sample_every_steps and done % samples.sample_every_steps == 0) or (
             epoch and samples.sample_every_epochs and epoch % samples.sample_every_epochs == 0
         ):
             self._draw()
+
+    def _epochs_between_saves(self) -> int | None:
+        save = self.cfg.save
+        if save.saves is None:
+            return save.save_every_epochs
+        return max(1, self.ready.total_steps // self.ready.plan.steps_per_epoch // save.saves)
+
+    def _remove_old_saves(self, epoch: int) -> None:
+        """Remove the run's LoRAs that --keep-last-epochs and --keep-last-steps do not keep; others are the user's."""
+        save = self.cfg.save
+        old: list[Path] = []
+        if save.keep_last_epochs is not None and epoch:
+            saved = self.folder.saved_epochs()
+            old += [saved[number] for number in sorted(n for n in saved if n <= epoch)[: -save.keep_last_epochs]]
+        if save.keep_last_steps is not None:
+            saved = self.folder.saved_steps()
+            old += [path for number, path in saved.items() if number < self.done - save.keep_last_steps]
+        for path in old:
+            path.unlink()
 
     def _leave(self, stop: StopRequest) -> int:
         """Save what was reached after a request to stop, and say how to go on."""
