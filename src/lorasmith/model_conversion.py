@@ -1,7 +1,8 @@
 """Turns a Stable Diffusion 1 or 2 model from one file into a diffusers folder, and back, tensor by tensor.
 
 Only names, fused tensors and dimensions of 1 differ between both forms, so a model computes the same in either; numbers
-are not touched. The whole model is checked before anything is written.
+are not touched. One file also becomes another kind of file, with all that is in it. The whole model is checked before
+anything is written, and what was written is read back and compared before it takes its place.
 """
 
 import copy
@@ -33,9 +34,15 @@ _PREDICTION_KEY = "modelspec.prediction_type"
 _OWN_METADATA = ("format", _PREDICTION_KEY, sd.ARCHITECTURE_KEY)
 _LAST_SCALE = math.log(100)  # where CLIP stops its scale
 
+_AVERAGE = "the moving average (EMA) of the weights"
+_NO_HEADER = (
+    "this kind of file has no place for metadata: nothing in it says what the model predicts, and programs must be "
+    "told. The whole model was in memory to write it."
+)
+
 # What models hold beside their weights: names begin so. The rest is unknown, and told as such.
 _EXTRAS = {
-    "the moving average (EMA) of the weights": (keys.EMA,),
+    _AVERAGE: (keys.EMA,),
     "OpenCLIP's last layer and projection, which Stable Diffusion does not use": (
         f"{keys.OPENCLIP}transformer.resblocks.{keys.NUM_OPENCLIP_LAYERS - 1}.",
         f"{keys.OPENCLIP}text_projection",
@@ -60,17 +67,20 @@ _CLASSES = {
     "feature_extractor": (None, None),
     "image_encoder": (None, None),
     "safety_checker": (None, None),
-    "scheduler": ("diffusers", "PNDMScheduler"),
     "text_encoder": ("transformers", "CLIPTextModel"),
     "tokenizer": ("transformers", "CLIPTokenizer"),
     "unet": ("diffusers", "UNet2DConditionModel"),
     "vae": ("diffusers", "AutoencoderKL"),
 }
-_SCHEDULER = {
-    "_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
-    "num_train_timesteps": 1000, "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1,
-    "clip_sample": False,
+_SCHEDULE = {
+    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
+    "set_alpha_to_one": False, "steps_offset": 1, "clip_sample": False,
 }  # fmt: skip
+# As in the folders that were published: SD 1.5 and 2.1-base, and SD 2.1.
+_SCHEDULERS = {
+    "epsilon": {"_class_name": "PNDMScheduler", **_SCHEDULE, "skip_prk_steps": True},
+    "v_prediction": {"_class_name": "DDIMScheduler", **_SCHEDULE},
+}
 _WEIGHTS = {
     "unet": "diffusion_pytorch_model.safetensors",
     "vae": "diffusion_pytorch_model.safetensors",
@@ -116,11 +126,14 @@ def is_model(path: Path) -> bool:
     return _is_of_model(names)
 
 
-def prepare(checkpoint: Checkpoint, to: str, *, prediction: str | None, precision: str | None) -> Conversion:
+def prepare(
+    checkpoint: Checkpoint, to: str, output: Path, *, prediction: str | None, precision: str | None
+) -> Conversion:
     """Return what the other form will hold.
 
     Args:
         to: `checkpoint`, one file, or `diffusers`, a folder.
+        output: the place; its ending says which kind of file.
         prediction: what the U-Net predicts, as the user says; None: as the model says.
         precision: `float`, `fp16` or `bf16`; None: each tensor's own.
 
@@ -129,58 +142,109 @@ def prepare(checkpoint: Checkpoint, to: str, *, prediction: str | None, precisio
             predicts.
     """
     _check_whole(checkpoint)
-    if (checkpoint.format == "diffusers") == (to == "diffusers"):
-        other = next(form for form in FORMS if form != to)
-        raise UserError(
-            f"{checkpoint.path} is {FORMS[to]} already; nothing was written. For the other form give --to {other}."
-        )
+    is_copy = _is_copy(checkpoint, to, output, precision)
     if model_families.adapter_places(checkpoint)[0] not in _PADS:
         raise UserError(f"{checkpoint.path}: only Stable Diffusion 1.x and 2.x are converted.")
     facts = model_families.describe(checkpoint, prediction=prediction)
     components = sd.components(checkpoint)
-    if facts.notes:  # it is a guess; a wrong one gives noise
+    if facts.notes and not is_copy:  # it is a guess; a wrong one gives noise
         raise UserError(
             f"{checkpoint.path} does not say what it predicts; give --prediction v_prediction (the 768 models of SD "
             "2.x) or --prediction epsilon (its 512 base models)."
         )
-    used = {source.name for own in components.values() for source in own.table.values()}
-    notes, unknown = _extras([name for name in checkpoint.names() if name not in used])
-    if components["unet"].table["conv_in.weight"].name.startswith(keys.EMA):
-        notes.append("the model holds its U-Net only as a moving average (EMA), which became its weights.")
     metadata = {name: text for name, text in checkpoint.metadata.items() if name not in _OWN_METADATA}
+    if is_copy:
+        files, notes, unknown = {"": _as_it_is(checkpoint)}, _kept(checkpoint), []
+        metadata = checkpoint.metadata | (_said(checkpoint, facts) if prediction else {})
+    elif to == "diffusers":
+        files, (notes, unknown) = _folder(checkpoint, components), _left_out(checkpoint, components)
+    else:
+        tensors, added = _single_file(checkpoint, components, facts)
+        notes, unknown = _left_out(checkpoint, components)
+        files, notes = {"": tensors}, [*notes, *added, *_left_in_folder(checkpoint)]
+        metadata |= _said(checkpoint, facts)
     if hashes := [name for name in metadata if "hash" in name]:
         metadata = {name: text for name, text in metadata.items() if name not in hashes}
         notes.append(f"left out, hashes of the old file in its metadata: {', '.join(hashes)}.")
-    if to == "diffusers":
-        files = _folder(checkpoint, components)
-    else:
-        tensors, own_notes = _single_file(checkpoint, components, facts)
-        files, notes = {"": tensors}, [*notes, *own_notes, *_left_in_folder(checkpoint)]
-        metadata[_PREDICTION_KEY] = {"v_prediction": "v"}.get(facts.prediction, facts.prediction)
-        metadata.setdefault("modelspec.architecture", facts.architecture)
-        if told := sd.architecture(checkpoint, facts):
-            metadata[sd.ARCHITECTURE_KEY] = json.dumps(told)
+    if output.suffix.lower() in TORCH_SUFFIXES:
+        notes.append(_NO_HEADER)
     files = {file: {name: _narrowed(name, own, precision) for name, own in of.items()} for file, of in files.items()}
     return Conversion(facts, components, files, metadata, notes, unknown)
 
 
-def write(output: Path, conversion: Conversion) -> None:
-    """Write the model in one step; what was at `output` stays until it is whole.
+def _is_copy(checkpoint: Checkpoint, to: str, output: Path, precision: str | None) -> bool:
+    """Return whether one file becomes another kind of file, or one of other numbers.
 
     Raises:
-        UserError: there is no room, or a number does not fit the precision.
+        UserError: it would become just what it is.
+    """
+    is_file = checkpoint.format != "diffusers"
+    if is_file != (to == "checkpoint"):
+        return False
+    if is_file and (precision or (output.suffix.lower() in TORCH_SUFFIXES) != (checkpoint.format == "torch")):
+        return True
+    other = next(form for form in FORMS if form != to)
+    more = "; for another kind of file give another ending, for other numbers --save-precision" if is_file else ""
+    raise UserError(
+        f"{checkpoint.path} is {FORMS[to]} already; nothing was written. For the other form give --to {other}{more}."
+    )
+
+
+def _said(checkpoint: Checkpoint, facts: ModelFacts) -> dict[str, str]:
+    """Return what one file's metadata say of a model that a folder's configurations tell of."""
+    said = {_PREDICTION_KEY: {"v_prediction": "v"}.get(facts.prediction, facts.prediction)}
+    said["modelspec.architecture"] = checkpoint.metadata.get("modelspec.architecture", facts.architecture)
+    if told := sd.architecture(checkpoint, facts):
+        said[sd.ARCHITECTURE_KEY] = json.dumps(told)
+    return said
+
+
+def write(output: Path, conversion: Conversion) -> None:
+    """Write the model in one step; what was at `output` stays until it is whole, and read back.
+
+    Raises:
+        UserError: there is no room, a number does not fit the precision, or it reads back otherwise.
     """
     check_space(output, sum(tensor.num_bytes for own in conversion.files.values() for tensor in own.values()))
     if "" in conversion.files:
         with atomic_file(output) as temporary:
-            write_pending(temporary, conversion.files[""], conversion.metadata)
+            if output.suffix.lower() in TORCH_SUFFIXES:  # torch knows no way to write a model tensor by tensor
+                made = {name: tensor.make() for name, tensor in conversion.files[""].items()}
+                torch.save({"state_dict": made}, temporary)
+            else:
+                write_pending(temporary, conversion.files[""], conversion.metadata)
+            _check_written(temporary, conversion.files[""])
         return
     with synced_folder(output) as temporary:
         for part, tensors in conversion.files.items():
             folder = temporary / part
             folder.mkdir()
             write_pending(folder / _WEIGHTS[part], tensors, conversion.metadata if part == "unet" else {})
+            _check_written(folder / _WEIGHTS[part], tensors)
         _write_settings(temporary, conversion)
+
+
+def _check_written(file: Path, tensors: Mapping[str, Pending]) -> None:
+    """Read a file back, and compare names, types, shapes and every bit with what is meant.
+
+    Raises:
+        UserError: they differ.
+    """
+    with open_checkpoint(file) as found:
+        wrong = sorted(tensors.keys() ^ found.names())
+        wrong += [name for name in found.names() if name in tensors and not _is_same(found, name, tensors[name])]
+    if wrong:
+        raise UserError(
+            f"what was written reads back otherwise than meant at {len(wrong):,} of {len(tensors):,} tensors (first: "
+            f"{wrong[0]}), and was thrown away: the disk or the memory failed; write to another disk."
+        )
+
+
+def _is_same(found: Checkpoint, name: str, meant: Pending) -> bool:
+    if (tuple(found.shape(name)), found.dtype(name)) != (meant.shape, meant.dtype):
+        return False
+    read, made = (tensor.contiguous().flatten().view(torch.uint8) for tensor in (found.tensor(name), meant.make()))
+    return torch.equal(read, made)  # bits, for NaN is not equal to itself
 
 
 def check_output(checkpoint: Checkpoint, to: str, output: Path, *, overwrite: bool) -> None:
@@ -190,8 +254,10 @@ def check_output(checkpoint: Checkpoint, to: str, output: Path, *, overwrite: bo
         UserError: another kind of name, something is there, or it is what is read.
     """
     suffix = output.suffix.lower()
-    if to == "checkpoint" and suffix != ".safetensors":
-        raise UserError(f"--output {output}: for --to checkpoint expected is a name that ends in .safetensors.")
+    if to == "checkpoint" and suffix not in (".safetensors", *TORCH_SUFFIXES):
+        raise UserError(
+            f"--output {output}: for --to checkpoint expected is a name that ends in .safetensors or .ckpt."
+        )
     if to == "diffusers" and suffix in (".safetensors", *TORCH_SUFFIXES):
         raise UserError(
             f"--output {output}: for --to diffusers expected is a folder's name, such as {output.with_suffix('')}."
@@ -237,14 +303,28 @@ def _check_whole(checkpoint: Checkpoint) -> None:
         )
 
 
-def _extras(names: Collection[str]) -> tuple[list[str], list[str]]:
+def _left_out(checkpoint: Checkpoint, components: Mapping[str, Component]) -> tuple[list[str], list[str]]:
     """Return a note for every kind of tensor that is left out, and the names of those of no known kind."""
+    used = {source.name for own in components.values() for source in own.table.values()}
+    names = [name for name in checkpoint.names() if name not in used]
     notes = []
     for kind, starts in _EXTRAS.items():
         if own := [name for name in names if name.startswith(starts)]:
             notes.append(f"left out, {kind}: {len(own):,} tensors: {_shorten(own)}")
+    if components["unet"].table["conv_in.weight"].name.startswith(keys.EMA):
+        notes.append("the model holds its U-Net only as a moving average (EMA), which became its weights.")
     every = tuple(start for starts in _EXTRAS.values() for start in starts)
     return notes, [name for name in names if not name.startswith(every)]
+
+
+def _kept(checkpoint: Checkpoint) -> list[str]:
+    """Return notes on a file of which all tensors become another file's."""
+    notes = []
+    if checkpoint.format == "torch":
+        notes.append("only tensors are kept, not what a training program left beside them, such as numbers of steps.")
+    if average := [name for name in checkpoint.names() if name.startswith(keys.EMA)]:
+        notes.append(f"kept, {_AVERAGE}: {len(average):,} tensors")
+    return notes
 
 
 def _left_in_folder(checkpoint: Checkpoint) -> list[str]:
@@ -257,6 +337,13 @@ def _left_in_folder(checkpoint: Checkpoint) -> list[str]:
 
 
 # --- tensors ----------------------------------------------------------------------------------------------------------
+
+
+def _as_it_is(checkpoint: Checkpoint) -> dict[str, Pending]:
+    return {
+        name: Pending(tuple(checkpoint.shape(name)), checkpoint.dtype(name), partial(checkpoint.tensor, name))
+        for name in checkpoint.names()
+    }
 
 
 def _folder(checkpoint: Checkpoint, components: Mapping[str, Component]) -> dict[str, dict[str, Pending]]:
@@ -306,8 +393,7 @@ def _openclip_rest(tensors: Mapping[str, Pending]) -> tuple[dict[str, Pending], 
     notes = [f"added, unused but asked for by programs: {projection} (identity), {scale} (ln 100)"]
     number = keys.NUM_OPENCLIP_LAYERS
     if any(name.startswith(last) for name in tensors):
-        return added, [*notes, f"the text encoder has {number} layers, and all are kept; programs that read one file "
-                       f"take the output of layer {number - 1}."]  # fmt: skip
+        return added, [*notes, f"layer {number} of the text encoder is kept; in both forms nothing uses it."]
     copies = {last + name.removeprefix(before): own for name, own in tensors.items() if name.startswith(before)}
     notes.append(f"added, unused but asked for by programs: layer {number} of the text encoder (a copy of the one "
                  f"before): {len(copies)} tensors")  # fmt: skip
@@ -379,10 +465,12 @@ def _write_settings(folder: Path, conversion: Conversion) -> None:
     words.save_pretrained(folder / "tokenizer")
     words.backend_tokenizer.model.save(str(folder / "tokenizer"))  # vocab.json, merges.txt: transformers 4 reads these
     (folder / "scheduler").mkdir()
-    _write_json(folder / "scheduler" / "scheduler_config.json", _SCHEDULER | {"prediction_type": facts.prediction})
+    scheduler = _SCHEDULERS[facts.prediction]
+    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler | {"prediction_type": facts.prediction})
+    classes = _CLASSES | {"scheduler": ("diffusers", scheduler["_class_name"])}
     _write_json(
         folder / "model_index.json",
-        {"_class_name": "StableDiffusionPipeline", **_CLASSES, "requires_safety_checker": False},
+        {"_class_name": "StableDiffusionPipeline", **classes, "requires_safety_checker": False},
     )
 
 

@@ -14,7 +14,8 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lorasmith import model_families
+import lorasmith.demo
+from lorasmith import model_conversion, model_families, rewriting
 from lorasmith.checkpoint import open_checkpoint
 from lorasmith.cli import main
 from lorasmith.models import tokenizer
@@ -23,6 +24,8 @@ from tests.tiny import write_tiny
 LAST = "cond_stage_model.model.transformer.resblocks.23."
 POSITION_IDS = "cond_stage_model.transformer.text_model.embeddings.position_ids"
 PREDICTIONS = {"sd1": "epsilon", "sd2": "v_prediction"}
+UNUSED = ("cond_stage_model.model.text_projection", "cond_stage_model.model.logit_scale")
+PICTURES = Path(lorasmith.demo.__file__).parent / "pictures"
 CAPTIONS = ["a photo of a masterpiece", ""]
 
 
@@ -83,7 +86,7 @@ def test_there_and_back(
         for name in unused:
             assert torch.equal(found.pop(name), found[name.replace(".23.", ".22.")])
             expected.pop(name)
-        for name in ("cond_stage_model.model.text_projection", "cond_stage_model.model.logit_scale"):
+        for name in UNUSED:
             assert name in told and found.pop(name).shape == expected.pop(name).shape
     assert_same(found, expected)
     assert_same(results(single), results(folder))
@@ -109,6 +112,9 @@ def test_diffusers_reads_the_folder(family: str, single: Path, folder: Path, mon
     pipeline = load(folder, torch_dtype=torch.float32, local_files_only=True)
     assert len(pipeline.tokenizer) == tokenizer.NUM_TOKENS and pipeline.safety_checker is None
     assert pipeline.scheduler.config.prediction_type == PREDICTIONS[family]
+    assert type(pipeline.scheduler).__name__ == {"sd1": "PNDMScheduler", "sd2": "DDIMScheduler"}[family]
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    torch.testing.assert_close(pipeline.scheduler.alphas_cumprod, (1 - betas).cumprod(0))
     ours = results(single)
     assert torch.equal(pipeline.encode_prompt(CAPTIONS[0], "cpu", 1, False)[0], ours["text"])
     with torch.no_grad():
@@ -150,7 +156,88 @@ def test_old_names_a_ckpt_and_what_lies_beside_the_weights(tmp_path: Path, capsy
     assert_same(results(path), results(tmp_path / "b"))
 
 
-def test_all_layers_of_a_folder_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("kind, dtype", [("sd1", torch.float32), ("sd2", torch.float16)])
+def test_a_ckpt_in_and_out(kind: str, dtype: torch.dtype, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As another kind of file everything is kept, the moving average too; through a folder, the model."""
+    path = write_tiny(tmp_path / "a.ckpt", kind, layout="ckpt", dtype=dtype)
+    average = {"model_ema.decay": torch.ones(()), "model_ema.diffusion_modeloutblocks": torch.full((2,), torch.nan)}
+    tensors = {**torch.load(path, weights_only=True)["state_dict"], **average}
+    torch.save({"state_dict": tensors, "global_step": 3}, path)
+    ways = [("a.ckpt", "b.safetensors"), ("b.safetensors", "c.ckpt"), ("a.ckpt", "d"), ("d", "e.ckpt")]
+    for source, output in ways:
+        to = "checkpoint" if Path(output).suffix else "diffusers"
+        predicts = ["--prediction", PREDICTIONS[kind]] if output == "d" else []
+        assert main(["convert", str(tmp_path / source), "--to", to, "--output", str(tmp_path / output), *predicts]) == 0
+        told = capsys.readouterr().out
+        assert "read back and compared" in told
+        assert ("kept, the moving average (EMA) of the weights: 2 tensors" in told) == (output[0] in "bc")
+        assert ("left out, the moving average (EMA) of the weights: 2 tensors" in told) == (output == "d")
+        assert ("nothing in it says what the model predicts" in told) == output.endswith(".ckpt")
+    same = load_file(tmp_path / "b.safetensors")
+    again = torch.load(tmp_path / "c.ckpt", weights_only=True)["state_dict"]
+    model = torch.load(tmp_path / "e.ckpt", weights_only=True)["state_dict"]
+    assert same.keys() == again.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(same[name].nan_to_num(), tensor.nan_to_num()) and same[name].dtype == tensor.dtype, name
+        assert torch.equal(again[name].nan_to_num(), tensor.nan_to_num()) and again[name].dtype == tensor.dtype, name
+        if name not in average and not name.startswith((LAST, *UNUSED)):
+            assert torch.equal(model[name], tensor), name
+    assert model.keys() | average.keys() == tensors.keys()
+    with safetensors.safe_open(tmp_path / "b.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}  # it did not say what it predicts, nor did the user
+
+
+def test_one_file_in_other_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    single = write_tiny(tmp_path / "a.safetensors", width=8, dtype=torch.float16)
+    words = ["convert", str(single), "--to", "checkpoint", "--output", str(tmp_path / "b.safetensors")]
+    assert main(words) == 2
+    assert "is one file already" in capsys.readouterr().err
+    assert main([*words, "--save-precision", "float"]) == 0
+    found, expected = load_file(tmp_path / "b.safetensors"), load_file(single)
+    assert_same(found, {n: t.float() if t.is_floating_point() else t for n, t in expected.items()})
+    with safetensors.safe_open(single, "pt") as old, safetensors.safe_open(tmp_path / "b.safetensors", "pt") as new:
+        assert new.metadata() == old.metadata()
+
+
+@pytest.mark.parametrize("output", ["b", "b.safetensors"])
+@pytest.mark.parametrize("at", [-1, 40])  # a number, and a letter of the header
+def test_what_reads_back_otherwise_is_thrown_away(
+    tmp_path: Path, output: str, at: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    to, layout = ("checkpoint", "diffusers") if output.endswith(".safetensors") else ("diffusers", "safetensors")
+    source = write_tiny(tmp_path / "source", layout=layout, width=8)
+
+    def damage(target: Path, *content: Any) -> None:
+        rewriting.write_pending(target, *content)
+        data = bytearray(target.read_bytes())
+        place = at if at < 0 else data.index(b"conv_in" if b"conv_in" in data else b"input_blocks")
+        data[place] ^= 1
+        target.write_bytes(data)
+
+    monkeypatch.setattr(model_conversion, "write_pending", damage)
+    assert main(["convert", str(source), "--to", to, "--output", str(tmp_path / output)]) == 2
+    assert "reads back otherwise than meant at" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_a_text_encoder_that_ends_elsewhere_is_refused_by_all(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One file cannot say which layer's output is taken; in a folder its configuration does."""
+    path = write_tiny(tmp_path / "a", "sd2", layout="diffusers", prediction="epsilon")
+    config = path / "text_encoder" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 24}))
+    for words in (
+        ["convert", str(path), "--to", "checkpoint", "--output", str(tmp_path / "b.safetensors")],
+        ["train", "--dry-run", "--base", str(path), "--images", str(PICTURES), "--output", str(tmp_path / "c")],
+    ):
+        assert main(words) == 2
+        error = capsys.readouterr().err
+        assert "takes the output of layer 24" in error and "that of layer 23" in error, error
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_layer_that_nothing_uses_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_tiny(tmp_path / "a", "sd2", layout="diffusers", prediction="epsilon")
     weights = path / "text_encoder" / "model.safetensors"
     tensors = load_file(weights)
@@ -166,13 +253,14 @@ def test_all_layers_of_a_folder_are_kept(tmp_path: Path, capsys: pytest.CaptureF
     output = tmp_path / "b.safetensors"
     assert main(["convert", str(path), "--to", "checkpoint", "--output", str(output)]) == 0
     told = capsys.readouterr().out
-    assert "has 24 layers, and all are kept" in told and "safety_checker/model.safetensors" in told
+    assert "layer 24 of the text encoder is kept; in both forms nothing uses it" in told
+    assert "safety_checker/model.safetensors" in told
     found = load_file(output)
     start = "text_model.encoder.layers.23.self_attn."
     fused = torch.cat([last[f"{start}{letter}_proj.weight"] for letter in "qkv"])
     assert torch.equal(found[LAST + "attn.in_proj_weight"], fused)
     assert torch.equal(found[LAST + "mlp.c_fc.bias"], last["text_model.encoder.layers.23.mlp.fc1.bias"])
-    results(output)  # our loader reads it
+    assert_same(results(path), results(output))  # training too reads both, and does without the layer
     last.pop(f"{start}q_proj.weight")
     save_file({**tensors, **last}, weights, {"format": "pt"})
     assert main(["convert", str(path), "--to", "checkpoint", "--output", str(tmp_path / "c.safetensors")]) == 2
@@ -219,7 +307,7 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--to kohya is for LoRAs" in told(one, "--output", file)
     assert "--to peft is for LoRAs" in told(many, "--to", "peft", "--output", other)
     assert "expected is a folder's name" in told(one, "--to", "diffusers", "--output", file)
-    assert "ends in .safetensors" in told(many, "--to", "checkpoint", "--output", tmp_path / "b.ckpt")
+    assert "that ends in .safetensors or .ckpt" in told(many, "--to", "checkpoint", "--output", tmp_path / "b.zip")
     assert "is a folder" in told(many, "--to", "checkpoint", "--output", _folder(tmp_path / "c.safetensors"))
     assert "holds no diffusers model" in told(
         one, "--to", "diffusers", "--output", _folder(tmp_path / "mine", "x.txt"), "--overwrite"
@@ -266,7 +354,7 @@ def test_what_it_predicts_may_be_said(tmp_path: Path) -> None:
     command = ["convert", str(path), "--to", "diffusers", "--prediction", "epsilon", "--output", str(tmp_path / "b")]
     assert main(command) == 0
     scheduler = json.loads((tmp_path / "b" / "scheduler" / "scheduler_config.json").read_text())
-    assert scheduler["prediction_type"] == "epsilon"
+    assert (scheduler["prediction_type"], scheduler["_class_name"]) == ("epsilon", "PNDMScheduler")
     assert main([*command, "--overwrite"]) == 0
 
 

@@ -53,15 +53,17 @@ def _convert_model(cfg: ConvertConfig, model: Path, output: Path) -> int:
             "file, or --to diffusers for a folder."
         )
     with open_checkpoint(str(model)) as checkpoint:
-        ready = model_conversion.prepare(checkpoint, cfg.to, prediction=cfg.prediction, precision=cfg.save_precision)
         model_conversion.check_output(checkpoint, cfg.to, output, overwrite=cfg.overwrite)
+        ready = model_conversion.prepare(
+            checkpoint, cfg.to, output, prediction=cfg.prediction, precision=cfg.save_precision
+        )
         model_conversion.write(output, ready)
     print(f"{'read':<16}{model}: {ready.facts.title}, predicts {ready.facts.prediction}")
     for note in ready.notes:
         print(f"{'note':<16}{note}")
     if ready.unknown:
         print(f"{'left out':<16}{len(ready.unknown):,} tensors of no known use: {', '.join(ready.unknown)}")
-    print(f"{'wrote':<16}{output}: {ready.num_tensors:,} tensors")
+    print(f"{'wrote':<16}{output}: {ready.num_tensors:,} tensors; read back and compared")
     return 1 if ready.unknown else 0
 
 

@@ -231,6 +231,7 @@ def describe(checkpoint: Checkpoint, *, v2: bool | None, prediction: str | None,
     shapes = _shapes(checkpoint)
     layout = _require_layout(shapes)
     _check_inputs(checkpoint.path, _module_shapes(layout.unet, shapes))
+    _check_text_layers(checkpoint.path, layout.family)
     family = layout.family
     if v2 is not None and v2 != (family == "sd2"):
         raise UserError(
@@ -527,6 +528,21 @@ def _check_inputs(path: Path, unet: Mapping[str, Shape]) -> None:
         raise UserError(
             f"{path} is not supported yet: this is {kind} ({channels} input channels); expected a text-to-image model "
             f"({StableDiffusion.latent_channels}). Train on the plain model: the LoRA works on both."
+        )
+
+
+def _check_text_layers(path: Path, family: Family) -> None:
+    """Refuse a folder whose text encoder ends at another layer than the family's.
+
+    SD2 was trained on the output of the 23rd of OpenCLIP's 24 layers, so its folders end there, and one file has no
+    place to say anything else.
+    """
+    own = keys.NUM_TEXT_LAYERS[family]
+    if (found := _config(path, "text_encoder").get("num_hidden_layers", own)) != own:
+        raise UserError(
+            f"{path}: its text encoder takes the output of layer {found} (num_hidden_layers in its config.json), and "
+            f"{_TITLES[family]} that of layer {own}: here, and in the original form, it would be another model. If it "
+            f"was not trained so, write {own} there; weights of later layers are then left unused."
         )
 
 

@@ -266,8 +266,17 @@ def strangers(table: Table, names: Collection[str]) -> list[str]:
     """Return the names among a part's own that its table does not know, e.g. a layer too many."""
     known = {source.name for source in table.values()}
     spaces = tuple(space for space in _SPACES if any(name.startswith(space) for name in known))
-    ignored = f"{OPENCLIP}transformer.resblocks.{NUM_OPENCLIP_LAYERS - 1}."
-    return [name for name in names if name.startswith(spaces) and name not in known and not name.startswith(ignored)]
+    return [name for name in names if name.startswith(spaces) and name not in known and not name.startswith(_UNUSED)]
+
+
+_UNUSED = tuple(  # SD2 takes the output of the layer before
+    f"{start}{NUM_OPENCLIP_LAYERS - 1}."
+    for start in (
+        f"{OPENCLIP}transformer.resblocks.",
+        "text_encoder/text_model.encoder.layers.",
+        "text_encoder/encoder.layers.",
+    )
+)
 
 
 _SPACES = (
