@@ -382,6 +382,11 @@ class TrainingSection(Section):
     epochs: PositiveInt | None = Field(default=None, description="Passes over the data, instead of steps.")
     batch_size: PositiveInt = Field(default=1, description="Pictures per process and micro-batch.")
     gradient_accumulation: PositiveInt = Field(default=1, description="Micro-batches added up for one optimizer step.")
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        default=None,
+        description="Save, draw and validate a moving average of the LoRA over some 1 / (1 - n) steps, such as 0.99, "
+        "instead of the last step's; states hold both.",
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         default="auto", description="Precision of the frozen base model; auto is bf16 on a GPU that has it, else fp32."
     )

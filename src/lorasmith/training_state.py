@@ -42,12 +42,13 @@ class StateFacts:
 
 @dataclass(frozen=True)
 class State:
-    """One state on disk, read."""
+    """One state on disk, read; `average` is that of the weights, if one is kept."""
 
     facts: StateFacts
     network: dict[str, Tensor]
     optimizer: dict[str, Any]
     scaler: dict[str, Any]
+    average: dict[str, Tensor] | None
 
 
 def save_state(
@@ -56,6 +57,7 @@ def save_state(
     network: dict[str, Tensor],
     optimizer: dict[str, Any],
     scaler: dict[str, Any],
+    average: dict[str, Tensor] | None = None,
     *,
     keep: int,
 ) -> Path:
@@ -76,7 +78,7 @@ def save_state(
     target = states / f"step-{facts.step:08d}"
     with synced_folder(target) as folder:
         save_file({name: tensor.contiguous() for name, tensor in network.items()}, folder / NETWORK_FILE)
-        torch.save({"optimizer": optimizer, "scaler": scaler}, folder / _OPTIMIZER)
+        torch.save({"optimizer": optimizer, "scaler": scaler, "average": average}, folder / _OPTIMIZER)
         hashes = {name: file_sha256(folder / name) for name in (NETWORK_FILE, _OPTIMIZER)}
         (folder / _FACTS).write_text(json.dumps({**asdict(facts), "sha256": hashes}, indent=1), encoding="utf-8")
     listed = list_states(states)
@@ -133,7 +135,7 @@ def load_state(folder: Path) -> State:
         if not (folder / name).is_file() or file_sha256(folder / name) != expected:
             raise _damaged(folder / name)
     rest = torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True)
-    return State(facts, load_file(folder / NETWORK_FILE), rest["optimizer"], rest["scaler"])
+    return State(facts, load_file(folder / NETWORK_FILE), rest["optimizer"], rest["scaler"], rest.get("average"))
 
 
 def _damaged(file: Path) -> UserError:

@@ -26,6 +26,7 @@ from lorasmith.training_run.prior import before_drawing, draw_prior_pictures, mi
 from lorasmith.training_run.resuming import merged_options, run_folder
 from lorasmith.training_run.session import Session
 from lorasmith.training_state import find_state, load_state
+from lorasmith.weight_average import WeightAverage
 
 
 def run(cfg: TrainConfig) -> int:
@@ -105,8 +106,12 @@ def _session(cfg: TrainConfig, ready: Preparation, processes: Processes) -> Sess
         max_grad_norm=cfg.optimizer.max_grad_norm,
         is_fp16=ready.precision == "fp16",
     )
+    decay = cfg.training.ema_decay
+    average = None if decay is None else WeightAverage(network.named_parameters(), decay)
     if state is not None:
         network.load_state_dict(state.network)
         optimizer.load_state_dict(state.optimizer)
         stepper.scaler.load_state_dict(state.scaler)
-    return Session(cfg, ready, processes, model, network, optimizer, stepper, stores)
+        if average is not None and state.average is not None:
+            average.load_state_dict(state.average)
+    return Session(cfg, ready, processes, model, network, optimizer, stepper, average, stores)

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from lorasmith.training_state import (
     step_of,
 )
 from lorasmith.validation import validation_loss
+from lorasmith.weight_average import WeightAverage
 
 _STOPPING = "stopping after this step, then saving; once more ends at once, without saving"
 
@@ -59,10 +60,12 @@ class Session:
         network: Network,
         optimizer: torch.optim.Optimizer,
         stepper: Stepper,
+        average: WeightAverage | None,
         stores: Mapping[Encoded, Store],
     ) -> None:
         self.cfg, self.ready, self.processes, self.model = cfg, ready, processes, model
         self.network, self.optimizer, self.stepper, self.stores = network, optimizer, stepper, stores
+        self.average = average
         self.folder, self.state = output_folder(cfg), ready.state
         self.started_at = now() if self.state is None else self.state.facts.started_at
         self.done = 0 if self.state is None else self.state.facts.step
@@ -111,6 +114,8 @@ class Session:
                 )
                 result = self.stepper.step(batches, rate, step=self.done, stop_signal=lambda: stop.signal_number)
                 self.done += 1
+                if self.average is not None:
+                    self.average.update(self.done)
                 with processes.together():
                     if processes.is_main:
                         self._log(result.loss, rate)
@@ -124,6 +129,10 @@ class Session:
                     stop.signal_number = result.stop_signal  # maybe another process's
                     return self.done < total
         return False
+
+    def _as_saved(self) -> AbstractContextManager[None]:
+        """While entered, the network holds the weights that are saved, drawn with and validated."""
+        return nullcontext() if self.average is None else self.average.in_place()
 
     def _is_validation_due(self) -> bool:
         if self.ready.validation is None:
@@ -142,10 +151,11 @@ class Session:
         plan = self.ready.validation
         if plan is None:
             return ""
-        loss = validation_loss(
-            self.model, plan, dataset.held_out(plan), self.processes, self.stepper.encode,
-            workers=self.cfg.data.workers,
-        )  # fmt: skip
+        with self._as_saved():
+            loss = validation_loss(
+                self.model, plan, dataset.held_out(plan), self.processes, self.stepper.encode,
+                workers=self.cfg.data.workers,
+            )  # fmt: skip
         if (log := self.validation_losses) is not None and self.done not in dict(log.losses):
             log.append(self.done, loss)
             if self.board is not None:
@@ -282,7 +292,9 @@ class Session:
 
     def _save_lora(self, path: Path) -> dict[str, float]:
         """Write the LoRA, read it back and compare; return the norm of each module's update."""
-        precision, tensors = self.cfg.save.save_precision, self.network.state_dict()
+        precision = self.cfg.save.save_precision
+        with self._as_saved():
+            tensors = {name: tensor.clone() for name, tensor in self.network.state_dict().items()}
         kohya.write(path, tensors, file_metadata(self.cfg, self.ready, self.done, self.started_at), precision=precision)
         return kohya.check(path, tensors, precision=precision)
 
@@ -294,6 +306,7 @@ class Session:
             self.network.state_dict(),
             self.optimizer.state_dict(),
             self.stepper.scaler.state_dict(),
+            None if self.average is None else self.average.state_dict(),
             keep=self.cfg.save.keep_states,
         )
 
@@ -307,7 +320,7 @@ class Session:
         if self.cfg.log.progress:
             tqdm.write(f"drawing {len(self.ready.prompts)} samples, {size[0]}x{size[1]}", file=sys.stdout)
         seeds = [samples.sample_seed + i for i in range(len(self.ready.prompts))]
-        with lent(self.model.vae, self.model.device):
+        with self._as_saved(), lent(self.model.vae, self.model.device):
             pictures = generate(
                 self.model,
                 self.ready.prompts,
