@@ -1,4 +1,7 @@
-"""Per-sample losses against torch's own means."""
+"""Per-sample losses against torch's own means, and what samples count against formulas in Python's numbers."""
+
+import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -6,7 +9,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorasmith.losses import mask_factors, per_sample
+from lorasmith.diffusion import Prediction, stable_diffusion_schedule
+from lorasmith.losses import Objective, mask_factors, per_sample
 
 ORACLES = {"l2": F.mse_loss, "l1": F.l1_loss}
 
@@ -120,3 +124,113 @@ def test_a_black_mask_teaches_nothing_and_breaks_nothing() -> None:
     found = gradient(masks)
     assert (found[1] == 0).all() and found.isfinite().all()
     assert torch.equal(found[0], gradient(some_masks(3))[0])
+
+
+# ---- what a sample counts at its timestep ---------------------------------------------------------------------------
+
+
+def number_of(losses: torch.Tensor) -> list[float]:
+    return losses.double().tolist()
+
+
+def snr_by_hand(t: int, *, is_zero_terminal: bool) -> float:
+    """The ratio of the variances of signal and noise from the betas, in Python's numbers."""
+    roots, alpha_bar = [], 1.0
+    for i in range(1000):
+        alpha_bar *= 1 - (0.00085**0.5 + i / 999 * (0.012**0.5 - 0.00085**0.5)) ** 2
+        roots.append(alpha_bar**0.5)
+    root = roots[t]
+    if is_zero_terminal:
+        root = (root - roots[-1]) * roots[0] / (roots[0] - roots[-1])
+    return root**2 / (1 - root**2)
+
+
+WEIGHT_BY_HAND: dict[tuple[str, str], Callable[[float, float], float]] = {
+    ("min_snr_gamma", "epsilon"): lambda snr, gamma: min(snr, gamma) / snr if snr else 1.0,
+    ("min_snr_gamma", "v_prediction"): lambda snr, gamma: min(snr, gamma) / (snr + 1),
+    ("debiased_estimation", "epsilon"): lambda snr, _: 1 / min(snr, 1000) ** 0.5,
+    ("debiased_estimation", "v_prediction"): lambda snr, _: 1 / (min(snr, 1000) + 1),
+    ("scale_v_pred_loss", "v_prediction"): lambda snr, _: min(snr, 1000) / (min(snr, 1000) + 1),
+    ("v_pred_like_loss", "epsilon"): lambda snr, share: 1 + share * (min(snr, 1000) + 1) / min(snr, 1000),
+}
+
+
+@pytest.mark.parametrize("is_zero_terminal", [False, True])
+@pytest.mark.parametrize(("name", "prediction"), WEIGHT_BY_HAND)
+def test_a_weighting_is_its_formula_of_the_ratio(name: str, prediction: Prediction, is_zero_terminal: bool) -> None:
+    """With zero terminal SNR the ratio is that of the corrected betas, 0 at the last timestep."""
+    if is_zero_terminal and prediction == "epsilon":
+        return
+    schedule = stable_diffusion_schedule(prediction)
+    schedule = schedule.with_zero_terminal_snr() if is_zero_terminal else schedule
+    guess, target = make_pair()
+    t = torch.tensor([3, 400, 999])
+    found = Objective(weightings={name: 1.7}).losses(schedule, guess, target, t)
+    factors = [WEIGHT_BY_HAND[name, prediction](snr_by_hand(int(i), is_zero_terminal=is_zero_terminal), 1.7) for i in t]
+    expected = [a * b for a, b in zip(factors, number_of(per_sample(guess, target)), strict=True)]
+    assert number_of(found) == pytest.approx(expected, rel=2e-3)  # the ratio of betas in fp32
+    assert found.isfinite().all()
+
+
+def test_several_weightings_are_multiplied_and_none_changes_no_bit() -> None:
+    schedule, t, pair = stable_diffusion_schedule("epsilon"), torch.tensor([3, 400, 999]), make_pair()
+    plain = per_sample(*pair)
+    one, other = ({"min_snr_gamma": 5.0}, {"debiased_estimation": 1.0})
+    both = Objective(weightings={**one, **other}).losses(schedule, *pair, t)
+    single = [Objective(weightings=w).losses(schedule, *pair, t) / plain for w in (one, other)]
+    torch.testing.assert_close(both, plain * single[0] * single[1])
+    assert torch.equal(Objective().losses(schedule, *pair, t), plain)
+
+
+def test_a_scaled_v_loss_is_the_loss_of_the_noise() -> None:
+    """|v' - v|^2 = |eps' - eps|^2 (snr + 1) / snr, where both predictions mean the same picture."""
+    v, epsilon = stable_diffusion_schedule("v_prediction"), stable_diffusion_schedule("epsilon")
+    t = torch.tensor([100, 400, 900])
+    noise, x_0 = make_pair()
+    guess = noise + 0.1
+    x_t = v.add_noise(x_0, noise, t)
+    a = v.alpha_bar[t].view(-1, 1, 1, 1)
+    guessed_v = (guess - (1 - a).sqrt() * x_t) / a.sqrt()
+    found = Objective(weightings={"scale_v_pred_loss": 1.0}).losses(v, guessed_v, v.target(x_0, noise, t), t)
+    torch.testing.assert_close(found, Objective().losses(epsilon, guess, noise, t), rtol=1e-3, atol=1e-6)
+
+
+# ---- huber and smooth_l1 --------------------------------------------------------------------------------------------
+
+
+def threshold_by_hand(schedule: str, t: int, c: float, scale: float) -> float:
+    if schedule == "constant":
+        return c * scale
+    if schedule == "exponential":
+        return math.exp(math.log(c) * t / 1000) * scale
+    sigma = snr_by_hand(t, is_zero_terminal=False) ** -0.5
+    return (1 - c) / (1 + sigma) ** 2 + c
+
+
+@pytest.mark.parametrize("kind", ["huber", "smooth_l1"])
+@pytest.mark.parametrize("schedule", ["constant", "exponential", "snr"])
+def test_pseudo_huber_is_its_formula_place_by_place(kind: str, schedule: str) -> None:
+    guess, target = make_pair()
+    t = torch.tensor([3, 400, 999])
+    found = Objective(kind, 0.2, 1.5, schedule).losses(stable_diffusion_schedule("epsilon"), guess, target, t)
+    for i in range(3):
+        c = threshold_by_hand(schedule, int(t[i]), 0.2, 1.5)
+        differences = (guess[i] - target[i]).double().flatten().tolist()
+        errors = [2 * ((d * d + c * c) ** 0.5 - c) * (c if kind == "huber" else 1) for d in differences]
+        assert float(found[i]) == pytest.approx(sum(errors) / len(errors), rel=1e-4)
+
+
+def test_huber_is_squares_for_small_and_twice_c_the_distance_for_large_differences() -> None:
+    zero = torch.zeros(2, 1, 1, 1)
+    small, large = (torch.full((2, 1, 1, 1), d) for d in (1e-6, 1e4))
+    c = torch.tensor([0.1, 0.5])
+    torch.testing.assert_close(per_sample(small, zero, None, "huber", c), torch.full((2,), 1e-12), rtol=1e-3, atol=0)
+    torch.testing.assert_close(per_sample(large, zero, None, "huber", c), 2e4 * c, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["huber", "smooth_l1"])
+def test_a_perfect_guess_has_no_gradient(kind: str) -> None:
+    target, _ = make_pair()
+    guess = target.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(per_sample(guess, target, None, kind, torch.full((3,), 0.1)).sum(), guess)
+    assert torch.count_nonzero(gradient) == 0

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lorasmith import sampling
 from lorasmith.diffusion import Discrete, Prediction
 from lorasmith.errors import UserError
-from lorasmith.sampling import generate
+from lorasmith.sampling import generate, make_scheduler
 
 SETTINGS: dict[str, Any] = {"size": (72, 40), "steps": 4, "guidance": 4.0, "negative": "bad"}
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -98,6 +98,23 @@ def test_the_same_picture_as_diffusers_pipeline(model: Any, sampler: str, guidan
     assert [picture.size for picture in ours] == [(72, 40)] * 2
     assert max(map(difference, ours, theirs)) <= 1
     assert difference(ours[0], ours[1]) > 5
+
+
+@pytest.mark.parametrize("sampler", THEIRS)
+def test_with_zero_terminal_snr_drawing_begins_at_the_last_timestep(sampler: str) -> None:
+    """The scheduler is the one that diffusers makes for such a model: corrected betas, timesteps from the end."""
+    model: Any = Miniature("v_prediction").eval().requires_grad_(False)
+    plain = generate(model, ["a cat"], seeds=[3], sampler=sampler, **SETTINGS)
+    model.schedule = model.schedule.with_zero_terminal_snr()
+    ours = make_scheduler(model, sampler)
+    theirs = THEIRS[sampler](prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(10)
+    assert ours.timesteps[0] == 999 and ours.timesteps.tolist() == theirs.timesteps.tolist()
+    torch.testing.assert_close(ours.alphas_cumprod[:-1], theirs.alphas_cumprod[:-1], atol=1e-6, rtol=1e-3)
+    assert ours.alphas_cumprod[-1] < 1e-6
+    drawn = generate(model, ["a cat"], seeds=[3], sampler=sampler, **SETTINGS)
+    assert difference(drawn[0], plain[0]) > 0 and np.asarray(drawn[0]).std() > 0
 
 
 @pytest.mark.parametrize("sampler", THEIRS)

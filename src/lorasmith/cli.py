@@ -18,6 +18,7 @@ from typing import Any
 
 import lorasmith
 from lorasmith import config
+from lorasmith.command_line import harmless
 from lorasmith.config import COMMANDS, Option, Section
 from lorasmith.errors import FullDisk, UserError
 
@@ -81,10 +82,10 @@ def _bug() -> int:
 
 def _fail(message: str, code: int) -> int:
     """Tell why the program ends; of a mistake that all processes of a run meet, the first one tells."""
-    if code == 2 and _is_later_process():
+    if code == 2 and is_later_process():
         return code
     for line in message.splitlines():
-        print(f"lorasmith: {line}", file=sys.stderr)
+        print(f"lorasmith: {harmless(line)}", file=sys.stderr)
     return code
 
 

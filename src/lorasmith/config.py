@@ -401,6 +401,47 @@ class TrainingSection(Section):
     )
 
 
+class LossSection(Section):
+    """What training makes small, and the noise and timesteps that it is measured with (docs/losses.md)."""
+
+    loss_type: Literal["l2", "l1", "huber", "smooth_l1"] = Field(
+        default="l2", description="Squares of errors (l2), absolute values (l1), or squares of small ones only."
+    )
+    huber_c: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.1, description="Where huber and smooth_l1 turn from squares to absolute values."
+    )
+    huber_scale: Rate = Field(default=1.0, description="Factor of huber_c, in the schedules that have one.")
+    huber_schedule: Literal["constant", "exponential", "snr"] = Field(
+        default="snr", description="How huber_c follows the timestep."
+    )
+    min_snr_gamma: Rate | None = Field(
+        default=None, description="Let timesteps of little noise count less: min-SNR weighting; commonly 5."
+    )
+    debiased_estimation: bool = Field(
+        default=False, description="Weigh the loss by 1 / sqrt(SNR), or for v prediction by 1 / (SNR + 1)."
+    )
+    scale_v_pred_loss: bool = Field(
+        default=False, description="Weigh a v prediction's loss as if the noise were predicted."
+    )
+    v_pred_like_loss: Rate | None = Field(
+        default=None, description="Add so much of the loss that a v prediction would have; commonly 0.2."
+    )
+    zero_terminal_snr: bool = Field(
+        default=False, description="Let the last timestep be noise alone; for models that predict v."
+    )
+    min_timestep: Annotated[int, Field(ge=0, lt=1000)] = Field(default=0, description="First timestep that is trained.")
+    max_timestep: Annotated[int, Field(gt=0, le=1000)] = Field(
+        default=1000, description="Timestep before which training ends, of 1000, the noisiest."
+    )
+    timestep_density: Literal["uniform", "logit_normal", "cosmap"] = Field(
+        default="uniform", description="How often each timestep is trained: all alike, or those in the middle more."
+    )
+    timestep_logit_mean: float = Field(
+        default=0.0, description="For logit_normal: above 0 noisier timesteps come more often, below 0 less."
+    )
+    timestep_logit_std: Rate = Field(default=1.0, description="For logit_normal: how widely timesteps are spread.")
+
+
 class ValidationSection(Section):
     """Pictures that are held out, to see whether what was learned holds for pictures that were not trained."""
 
@@ -517,6 +558,7 @@ class TrainConfig(Section):
     data: DataSection = Field(default_factory=DataSection)
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
     training: TrainingSection = Field(default_factory=TrainingSection)
+    loss: LossSection = Field(default_factory=LossSection)
     validation: ValidationSection = Field(default_factory=ValidationSection)
     save: SaveSection = Field(default_factory=SaveSection)
     samples: SampleSection = Field(default_factory=SampleSection)
@@ -623,8 +665,55 @@ def contradictions(cfg: TrainConfig) -> list[str]:
         "resume goes on with a run, but overwrite starts afresh; leave out one of them": (
             cfg.resume and cfg.save.overwrite
         ),
+        **dict.fromkeys(_loss_contradictions(cfg.loss), True),
     }
     return [message for message, is_wrong in checks.items() if is_wrong]
+
+
+def _loss_contradictions(loss: LossSection) -> list[str]:
+    huber = _changed(loss, "huber_c", "huber_scale", "huber_schedule")
+    logit = _changed(loss, "timestep_logit_mean", "timestep_logit_std")
+    checks = {
+        f"{' and '.join(huber)} shape{'s' * (len(huber) == 1)} the losses huber and smooth_l1, but loss_type = "
+        f"{loss.loss_type}; change that, or leave the other out": huber and loss.loss_type in ("l2", "l1"),
+        "huber_scale has no part in huber_schedule = snr; give another schedule, or leave the scale out": (
+            _changed(loss, "huber_scale") and loss.huber_schedule == "snr"
+        ),
+        f"min_timestep = {loss.min_timestep} is not below max_timestep = {loss.max_timestep}; lower the first or "
+        "raise the second": loss.min_timestep >= loss.max_timestep,
+        f"{' and '.join(logit)} shape{'s' * (len(logit) == 1)} timestep_density = logit_normal, but it is "
+        f"{loss.timestep_density}; change that, or leave the other out": logit
+        and loss.timestep_density != "logit_normal",
+    }
+    return [message for message, is_wrong in checks.items() if is_wrong]
+
+
+_SHAPED_BY = {  # option -> the schedules that it shapes
+    "lr_decay_steps": ["warmup_stable_decay"],
+    "lr_cycles": ["cosine_restarts"],
+    "lr_power": ["polynomial"],
+    "lr_timescale": ["inverse_sqrt"],
+    "lr_min_ratio": ["linear", "cosine", "cosine_restarts", "polynomial", "warmup_stable_decay"],
+    "lr_table": ["piecewise"],
+}
+
+
+def _schedule_contradictions(optimizer: OptimizerSection) -> list[str]:
+    name = optimizer.lr_schedule
+    messages = [
+        f"{option} shapes lr_schedule = {' or '.join(names)}, but it is {name}; change that, or leave {option} out"
+        for option, names in _SHAPED_BY.items()
+        if name not in names and _is_changed(optimizer, option)
+    ]
+    if name == "piecewise" and optimizer.lr_table is None:
+        messages.append(
+            "lr_schedule = piecewise needs lr_table, its multipliers, such as 1:100,0.1:150,0.01; give that too"
+        )
+    return messages
+
+
+def _changed(section: Section, *names: str) -> list[str]:
+    return [name for name in names if _is_changed(section, name)]
 
 
 def separator_contradictions(

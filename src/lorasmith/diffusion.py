@@ -3,7 +3,9 @@
 Pure functions of tensors; nothing here owns parameters. The oracle in the tests is diffusers' DDPMScheduler.
 """
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -11,6 +13,38 @@ import torch
 from torch import Tensor
 
 Prediction = Literal["epsilon", "v_prediction"]
+
+# u, uniform in [0, 1), to shares of the range of timesteps in [0, 1], which lie more densely in some places; the second
+# and third argument are the logit's mean and spread. Stable Diffusion 3 (arXiv:2403.03206), equations 19 and 21.
+DENSITIES: dict[str, Callable[[Tensor, float, float], Tensor]] = {
+    "logit_normal": lambda u, mean, spread: torch.sigmoid(mean + spread * torch.special.ndtri(u)),
+    "cosmap": lambda u, mean, spread: 1 - 1 / (torch.tan(math.pi / 2 * u) + 1),
+}
+
+
+@dataclass(frozen=True)
+class Timesteps:
+    """Which timesteps are trained, and how often each.
+
+    Args:
+        low, high: low <= t < high.
+        density: `uniform`, or one of `DENSITIES`.
+        mean, spread: of a normal logit.
+    """
+
+    low: int = 0
+    high: int = 1000
+    density: str = "uniform"
+    mean: float = 0.0
+    spread: float = 1.0
+
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        """Return (n,) timesteps, int64 on the generator's device."""
+        if self.density == "uniform":
+            return torch.randint(self.low, self.high, (n,), generator=generator, device=generator.device)
+        u = torch.rand(n, generator=generator, device=generator.device, dtype=torch.float64)
+        shares = DENSITIES[self.density](u, self.mean, self.spread)
+        return self.low + (shares * (self.high - self.low)).long().clamp_max(self.high - self.low - 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +66,16 @@ class Discrete:
 
     def sample_t(self, n: int, generator: torch.Generator) -> Tensor:
         """Return (n,) timesteps, uniform over 0 .. T-1, int64 on the generator's device."""
-        return torch.randint(len(self.betas), (n,), generator=generator, device=generator.device)
+        return Timesteps(0, len(self.betas)).sample(n, generator)
+
+    def with_zero_terminal_snr(self) -> "Discrete":
+        """Return the schedule whose last timestep is noise alone, as a picture's drawing begins."""
+        return replace(self, betas=zero_terminal_snr(self.betas))
+
+    @property
+    def ends_in_noise(self) -> bool:
+        """Whether nothing of the signal is left at the last timestep."""
+        return bool(self.betas[-1] == 1)
 
     def add_noise(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Return x_t for clean x_0 (B, ...), standard normal noise (B, ...) and timesteps (B,)."""
@@ -56,6 +99,17 @@ class Discrete:
         alpha_bar = self.alpha_bar.to(like.device)[t].to(like.dtype)
         alpha_bar = alpha_bar.reshape(-1, *[1] * (like.dim() - 1))
         return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+
+def zero_terminal_snr(betas: Tensor) -> Tensor:
+    """Return betas (T,) whose signal-to-noise ratio is 0 at the last step and as before at the first.
+
+    The square root of alpha_bar is shifted and scaled (arXiv:2305.08891, algorithm 1).
+    """
+    root = torch.cumprod(1 - betas.double(), dim=0).sqrt()
+    alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])).square()
+    alphas = torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
+    return (1 - alphas).to(betas.dtype)
 
 
 def stable_diffusion_schedule(prediction: Prediction) -> Discrete:

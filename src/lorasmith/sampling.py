@@ -74,6 +74,8 @@ def make_scheduler(model: LatentDiffusion, sampler: str) -> Any:
     name, options = _SAMPLERS[sampler]
     kind = getattr(diffusers, name)
     schedule = model.schedule
+    if schedule.ends_in_noise:  # then drawing begins there (arXiv:2305.08891, section 3.3)
+        options = {**options, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     return kind(
         num_train_timesteps=len(schedule.betas),
         trained_betas=schedule.betas.tolist(),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lorasmith.data.dataset import Batch
 from lorasmith.errors import UserError
-from lorasmith.losses import per_sample
+from lorasmith.losses import PLAIN, Objective
 from lorasmith.models.base import Conditioning, LatentDiffusion
 from lorasmith.processes import Processes
 
@@ -34,14 +34,19 @@ def latents_of(model: LatentDiffusion, batch: Batch) -> Tensor:
     return mean + std * batch.posterior_noise.to(mean.device)
 
 
-def weighted_loss(model: LatentDiffusion, batch: Batch, encode: Callable[[list[str]], Conditioning]) -> Tensor:
+def weighted_loss(
+    model: LatentDiffusion,
+    batch: Batch,
+    encode: Callable[[list[str]], Conditioning],
+    objective: Objective = PLAIN,
+) -> Tensor:
     """Return sum(weight_i * loss_i) / count: this micro-batch's part of the mean over the whole step's samples."""
     x_0 = latents_of(model, batch)
     noise, t = batch.noise.to(x_0.device), batch.t.to(x_0.device)
     x_t = model.schedule.add_noise(x_0, noise, t)
     prediction = model(x_t, t, encode(batch.captions))
     mask = None if batch.mask is None else batch.mask.to(x_0.device)
-    losses = per_sample(prediction.float(), model.schedule.target(x_0, noise, t), mask)  # (B,)
+    losses = objective.losses(model.schedule, prediction.float(), model.schedule.target(x_0, noise, t), t, mask)  # (B,)
     return (losses * batch.weight.to(losses.device)).sum() / batch.count
 
 
@@ -71,12 +76,13 @@ class Stepper:
         optimizer: torch.optim.Optimizer,
         processes: Processes,
         encode: Callable[[list[str]], Conditioning],
+        objective: Objective = PLAIN,
         *,
         max_grad_norm: float,
         is_fp16: bool,
     ) -> None:
         self._model, self._parameters, self._optimizer = model, list(parameters), optimizer
-        self._processes, self.encode, self._max_grad_norm = processes, encode, max_grad_norm
+        self._processes, self.encode, self.objective, self._max_grad_norm = processes, encode, objective, max_grad_norm
         self._base_rates = [group["lr"] for group in optimizer.param_groups]
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=is_fp16)
 
@@ -108,7 +114,7 @@ class Stepper:
         self._optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), dtype=torch.float64)
         for batch in batches:
-            loss = weighted_loss(self._model, batch, self.encode)
+            loss = weighted_loss(self._model, batch, self.encode, self.objective)
             total += loss.detach().double().cpu()
             self.scaler.scale(loss).backward()
         return total.item()

@@ -6,6 +6,7 @@ import torch
 
 from lorasmith.data.dataset import Dataset
 from lorasmith.data.plan import Plan
+from lorasmith.losses import PLAIN, Objective
 from lorasmith.models.base import Conditioning, LatentDiffusion
 from lorasmith.processes import Processes
 from lorasmith.training import weighted_loss
@@ -20,6 +21,7 @@ def validation_loss(
     dataset: Dataset,
     processes: Processes,
     encode: Callable[[list[str]], Conditioning],
+    objective: Objective = PLAIN,
     *,
     workers: int,
 ) -> float:
@@ -36,6 +38,6 @@ def validation_loss(
     with processes.together():
         for batches in dataset.prefetch(range(num_epochs * plan.steps_per_epoch), processes.index, workers):
             for batch in batches:
-                total += weighted_loss(model, batch, encode).item() * batch.count
+                total += weighted_loss(model, batch, encode, objective).item() * batch.count
                 count += batch.count
     return processes.sums([total])[0] / count

@@ -1,5 +1,6 @@
 """`lorasmith inspect`: what it tells of LoRAs and checkpoints is so, by arithmetic of its own."""
 
+import binascii
 import hashlib
 import json
 import math
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -62,6 +64,10 @@ def test_hashes_are_those_that_sites_show(tmp_path: Path, capsys: pytest.Capture
     hashes = found["hashes"]
     assert hashes["AutoV2"] == hashlib.sha256(data).hexdigest()[:10] and hashes["AutoV3"] == body[:12]
     assert hashes["AutoV1"] == hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8]
+    assert hashes["sha256"] == hashlib.sha256(data).hexdigest() and hashes["sshs_model_hash"] == body
+    assert hashes["CRC32"] == binascii.crc32(data).to_bytes(4, "big").hex()
+    alone = safetensors.torch.save(safetensors.torch.load_file(path), {"ss_steps": "1"})
+    assert hashes["sshs_legacy_hash"] == hashlib.sha256(alone[0x100000:0x110000]).hexdigest()[:8]
     assert found["metadata"]["sshs_legacy_hash"] == hashes["sshs_legacy_hash"]
     writers.kohya(path, LAYERS, {"sshs_model_hash": "0xother"})
     assert "the header's sshs_model_hash is 0xother" in told(path, capsys, code=1)["problems"][0]
@@ -103,6 +109,47 @@ def test_page_picture_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.json", "a.png", "a.safetensors"]
 
 
+EVIL = "\x1b]0;owned\x07\x1b[2J\x9b2J\r\b\x7f\u202etxt.exe\u2028"
+
+
+@pytest.mark.parametrize("options", [[], ["--json", "-"]])
+def test_nothing_in_a_file_reaches_the_terminal_as_a_command(
+    tmp_path: Path, options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    header = {
+        "ss_output_name": EVIL, f"key{EVIL}": EVIL, "sshs_model_hash": EVIL, "ss_training_comment": f"a{EVIL}b",
+        "ss_tag_frequency": json.dumps({EVIL: {EVIL: 3}}), "ss_datasets": json.dumps([{EVIL: [EVIL]}]),
+    }  # fmt: skip
+    path = tmp_path / "a\x1b[2J\x9b\u202e.safetensors"
+    for write in (lambda: writers.kohya(path, SOME, header), lambda: path.write_bytes(MINI.read_bytes()),
+                  lambda: path.write_bytes(b"damaged"), path.unlink):  # fmt: skip
+        write()
+        main(["inspect", str(path), *options])
+        main(["convert", str(path), "--output", str(path.with_name("b\x9b.safetensors")), "--overwrite"])
+        told = capsys.readouterr()
+        assert told.out + told.err and all(line.isprintable() for line in (told.out + told.err).split("\n"))
+
+
+def test_values_are_taken_apart_for_programs_and_cut_for_people(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    buckets = {"buckets": {"0": {"resolution": [512, 512], "count": 7}}}
+    kept = {"nan": '{"a": NaN}', "deep": "[" * 500 + "]" * 500, "list": "[1", "huge": "[" + "9" * 9000 + "]",
+            "modelspec.thumbnail": "data:image/png;base64," + "A" * 100_000}  # fmt: skip
+    header = {"ss_bucket_info": json.dumps(buckets), "ss_training_comment": "x" * 5000, **kept}
+    path = writers.kohya(tmp_path / "a.safetensors", SOME, header)
+    found = told(path, capsys)["metadata"]
+    assert found["ss_bucket_info"] == buckets and {name: found[name] for name in kept} == kept
+    assert main(["inspect", str(path)]) == 0
+    page = capsys.readouterr().out
+    assert max(map(len, page.split("\n"))) < 200
+    assert "(5,000 letters)" in page and "(100,022 letters)" in page
+    assert re.search(r"ss_bucket_info +\{\"buckets\": \{\"0\"", page)
+    many = writers.kohya(tmp_path / "b.safetensors", SOME, {f"name{n}": "1" for n in range(100)})
+    assert main(["inspect", str(many)]) == 0
+    assert "and 70 more, all in --json" in capsys.readouterr().out
+
+
 def test_convolutions_and_other_kinds_are_counted_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     layers = {
         A_LAYER: SOME[A_LAYER],
@@ -122,13 +169,18 @@ def test_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     facts = told(MINI, capsys)
     assert (facts["what"], facts["family"], facts["prediction"]) == ("checkpoint", "sd1", "epsilon")
     assert facts["missing"] == facts["unknown"] == [] and facts["moving average (EMA)"] is False
+    data = MINI.read_bytes()
+    whole, part = (hashlib.sha256(own).hexdigest() for own in (data, data[1 << 20 :][: 1 << 16]))
+    body = hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
+    assert facts["hashes"] == {
+        "sha256": whole, "AutoV1": part[:8], "AutoV2": whole[:10], "AutoV3": body[:12], "sshs_model_hash": body,
+        "CRC32": f"{binascii.crc32(data):08x}",
+    }  # fmt: skip
     assert main(["inspect", str(MINI)]) == 0
     assert "Stable Diffusion 1.x" in capsys.readouterr().out
 
 
 def test_a_checkpoint_with_gaps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import safetensors.torch
-
     tensors = safetensors.torch.load_file(MINI)
     gone = "model.diffusion_model.middle_block.1.proj_out.weight"
     del tensors[gone]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lorasmith import model_conversion
 from lorasmith.checkpoint import open_checkpoint
+from lorasmith.command_line import harmless
 from lorasmith.config import ConvertConfig
 from lorasmith.errors import UserError
 from lorasmith.formats import conversion
@@ -33,15 +34,8 @@ def run(cfg: ConvertConfig) -> int:
     lora = read_any(cfg.lora)
     ready = conversion.prepare(lora, cfg.to, output.suffix, cfg.save_precision)
     written = conversion.write(output, cfg.to, ready)
-    print(
-        "\n".join(
-            [
-                _about(lora),
-                *_told(lora, ready),
-                f"wrote           {', '.join(map(str, written.files))}; read back and compared",
-            ]
-        )
-    )
+    wrote = f"wrote           {', '.join(map(str, written.files))}; read back and compared"
+    print("\n".join(map(harmless, [_about(lora), *_told(lora, ready), wrote])))
     return 1 if ready.left_out else 0
 
 
@@ -58,12 +52,12 @@ def _convert_model(cfg: ConvertConfig, model: Path, output: Path) -> int:
             checkpoint, cfg.to, output, prediction=cfg.prediction, precision=cfg.save_precision
         )
         model_conversion.write(output, ready)
-    print(f"{'read':<16}{model}: {ready.facts.title}, predicts {ready.facts.prediction}")
-    for note in ready.notes:
-        print(f"{'note':<16}{note}")
+    lines = [f"{'read':<16}{model}: {ready.facts.title}, predicts {ready.facts.prediction}"]
+    lines += [f"{'note':<16}{note}" for note in ready.notes]
     if ready.unknown:
-        print(f"{'left out':<16}{len(ready.unknown):,} tensors of no known use: {', '.join(ready.unknown)}")
-    print(f"{'wrote':<16}{output}: {ready.num_tensors:,} tensors; read back and compared")
+        lines.append(f"{'left out':<16}{len(ready.unknown):,} tensors of no known use: {', '.join(ready.unknown)}")
+    lines.append(f"{'wrote':<16}{output}: {ready.num_tensors:,} tensors; read back and compared")
+    print("\n".join(map(harmless, lines)))
     return 1 if ready.unknown else 0
 
 

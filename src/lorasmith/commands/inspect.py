@@ -5,9 +5,11 @@
 All facts are gathered as plain values first; the page is made of the same values as the JSON.
 """
 
+import hashlib
 import json
 import math
 import re
+import zlib
 from collections import Counter
 from collections.abc import Mapping
 from datetime import datetime, timezone
@@ -18,18 +20,21 @@ import torch
 from torch import Tensor
 
 from lorasmith import model_families
-from lorasmith.checkpoint import Checkpoint, atomic_file, file_sha256, open_checkpoint
-from lorasmith.command_line import quoted
+from lorasmith.checkpoint import Checkpoint, atomic_file, open_checkpoint
+from lorasmith.command_line import harmless, quoted
 from lorasmith.config import InspectConfig
 from lorasmith.errors import UserError
 from lorasmith.formats import clients, kohya
 from lorasmith.formats.dialects import DIALECTS, AnyLora, holds_lora, kind_of, read_any
-from lorasmith.metadata import legacy_hash, model_hash
 from lorasmith.models.keys import sd as keys
 from lorasmith.report import draw_norms, norms_by_block
 
 _PICTURES = (".png", ".svg")
 _NUM_TAGS = 20
+_NUM_ENTRIES = 30  # of metadata that are on the page
+_MAX_LETTERS = 90  # of a value on the page
+_MAX_LEVELS = 20  # of JSON in metadata
+_BLOCK, _PART = 1 << 20, 1 << 16  # bytes; AutoV1 is of so many at so many
 
 # What is shown of the training: name in the header -> how it is called.
 _SETTINGS = {
@@ -65,11 +70,11 @@ def run(cfg: InspectConfig) -> int:
             drawn = temporary.with_name(temporary.name + cfg.picture.suffix.lower())
             draw_norms(drawn, facts["norms"])
             drawn.replace(temporary)
-    text = json.dumps(facts, indent=2, ensure_ascii=False)
+    text = "\n".join(map(_escaped, json.dumps(facts, indent=2, ensure_ascii=False).split("\n")))
     if cfg.json_file == "-":
         print(text)
     else:
-        print("\n".join(_page(facts)))
+        print("\n".join(map(harmless, _page(facts))))
     if cfg.json_file not in (None, "-"):
         with atomic_file(Path(cfg.json_file)) as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")
@@ -123,7 +128,7 @@ def lora_facts(lora: AnyLora) -> dict[str, Any]:
             for name, v in clients.verdicts(lora).items()
         },
         "advice": _advice(lora, broken),
-        "metadata": lora.metadata,
+        "metadata": _decoded(lora.metadata),
     }
 
 
@@ -194,22 +199,69 @@ def _hashes(lora: AnyLora) -> dict[str, Any]:
     if len(lora.files) != 1:
         return {"problems": []}
     path = lora.files[0]
-    whole = file_sha256(path)
-    found: dict[str, Any] = {"sha256": whole, "AutoV2": whole[:10]}
-    data = path.read_bytes()
-    if data[8:9] != b"{":
+    found: dict[str, Any] = file_hashes(path)
+    if "AutoV3" not in found:
         return {**found, "problems": []}
-    tensors = model_hash(data)
-    found |= {"AutoV1": legacy_hash(data), "AutoV3": tensors[:12]}
     with open_checkpoint(path) as checkpoint:
         own = {name: checkpoint.tensor(name) for name in checkpoint.names()}
-        found |= kohya.hashes(own, checkpoint.metadata) | {"sshs_model_hash": tensors}
+        legacy = kohya.hashes(own, checkpoint.metadata)["sshs_legacy_hash"]
+        found |= {"sshs_legacy_hash": legacy}
     problems = [
-        f"the header's {name} is {stored}, and the tensors' own {found[name]}"
+        f"the header's {name} is {_cut(stored)}, and the tensors' own {found[name]}"
         for name in ("sshs_model_hash", "sshs_legacy_hash")
         if (stored := lora.metadata.get(name)) not in (None, found[name])
     ]
     return {**found, "problems": problems}
+
+
+def file_hashes(path: Path) -> dict[str, str]:
+    """Return the hashes by which sites and UIs know a file; those of the tensors only for a `.safetensors`."""
+    whole, part, tensors, checksum = hashlib.sha256(), hashlib.sha256(), hashlib.sha256(), 0
+    with path.open("rb") as file:
+        start = file.read(9)
+        header, begin = 8 + int.from_bytes(start[:8], "little"), 0
+        file.seek(0)
+        while block := file.read(_BLOCK):
+            whole.update(block)
+            checksum = zlib.crc32(block, checksum)
+            tensors.update(block[max(header - begin, 0) :])
+            part.update(block[:_PART] if begin == _BLOCK else b"")
+            begin += len(block)
+    found = {"sha256": whole.hexdigest(), "AutoV1": part.hexdigest()[:8], "AutoV2": whole.hexdigest()[:10]}
+    if start[8:9] == b"{":
+        found |= {"AutoV3": tensors.hexdigest()[:12], "sshs_model_hash": tensors.hexdigest()}
+    return {**found, "CRC32": f"{checksum:08x}"}
+
+
+def _decoded(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Return the metadata with what is JSON in it taken apart."""
+    found: dict[str, Any] = dict(metadata)
+    for name, text in metadata.items():
+        if text.startswith(("{", "[")):
+            try:
+                content = json.loads(text, parse_constant=_refuse_constant)
+            except (ValueError, RecursionError):
+                continue
+            if not _is_deep(content, _MAX_LEVELS):
+                found[name] = content
+    return found
+
+
+def _refuse_constant(name: str) -> None:
+    """Refuse NaN and infinity, which other readers of JSON do not know."""
+    raise ValueError(name)
+
+
+def _is_deep(content: Any, levels: int) -> bool:
+    inner = content.values() if isinstance(content, dict) else content if isinstance(content, list) else ()
+    return not levels or any(_is_deep(value, levels - 1) for value in inner)
+
+
+def _escaped(line: str) -> str:
+    """Return a line of JSON of which nothing changes how a terminal shows it; it means the same."""
+    if line.isprintable():
+        return line
+    return "".join(letter if letter.isprintable() else json.dumps(letter)[1:-1] for letter in line)
 
 
 def _told_of_training(metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -287,9 +339,8 @@ def checkpoint_facts(checkpoint: Checkpoint) -> dict[str, Any]:
             "problems": [f"{len(missing):,} weights are missing, such as {missing[0]}"] if missing else [],
         }
     if checkpoint.path.is_file():
-        digest = file_sha256(checkpoint.path)
-        facts["hashes"] = {"sha256": digest, "AutoV2": digest[:10]}
-    return {**facts, "metadata": checkpoint.metadata}
+        facts["hashes"] = file_hashes(checkpoint.path)
+    return {**facts, "metadata": _decoded(checkpoint.metadata)}
 
 
 # Beginning of a name -> part.
@@ -344,8 +395,9 @@ def _lora_page(facts: Mapping[str, Any]) -> list[str]:
     lines += ["", *(["training"] if facts["training"] else ["no metadata of a training"])]
     lines += [f"  {title:<24}{_cut(value)}" for title, value in facts["training"].items()]
     if facts["tags"]:
-        told = ", ".join(f"{tag} {count}" for tag, count in facts["tags"].items())
-        lines += [f"  {'tags':<24}{facts['number of tags']:,}: {_printable(told)}"]
+        told = ", ".join(f"{_cut(tag, 40)} {count}" for tag, count in facts["tags"].items())
+        lines += [f"  {'tags':<24}{facts['number of tags']:,}: {told}"]
+    lines += _other_metadata(facts["metadata"])
     lines += ["", "hashes", *(f"  {name:<24}{value}" for name, value in facts["hashes"].items())]
     lines += ["", "programs (as of the versions named; newer ones may differ)"]
     for name, one in facts["clients"].items():
@@ -370,7 +422,8 @@ def _checkpoint_page(facts: Mapping[str, Any]) -> list[str]:
     lines += [_line("note", note) for note in facts["notes"]]
     lines += [_line("precision", f"{part}: {_counts(counts)}") for part, counts in facts["precision"].items()]
     lines += [_line("EMA", "yes" if facts["moving average (EMA)"] else "no")]
-    return [*lines, *(_line(name, value) for name, value in facts.get("hashes", {}).items())]
+    lines += [_line(name, value) for name, value in facts.get("hashes", {}).items()]
+    return [*lines, *_other_metadata(facts["metadata"])]
 
 
 def _span(span: Mapping[str, float] | None) -> str:
@@ -383,11 +436,24 @@ def _counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} {name}" for name, count in counts.items())
 
 
-def _cut(text: str) -> str:
-    line = _printable(text)
-    return line if len(line) <= 90 else f"{line[:87]}..."
+def _other_metadata(metadata: Mapping[str, Any]) -> list[str]:
+    """Return lines on the metadata that are not told elsewhere, the values cut."""
+    others = {name: value for name, value in metadata.items() if name not in _TOLD and value not in ("", "None")}
+    lines = [f"  {_cut(name, 40):<40}  {_cut(_as_text(value))}" for name, value in others.items()]
+    more = f"  and {len(lines) - _NUM_ENTRIES:,} more, all in --json" if len(lines) > _NUM_ENTRIES else ""
+    return ["", "other metadata", *lines[:_NUM_ENTRIES], *([more] if more else [])] if lines else []
 
 
-def _printable(text: str) -> str:
-    """Return the text in one line, without what would control a terminal."""
-    return "".join(letter for letter in " ".join(text.split()) if letter.isprintable())
+_TOLD = {*_SETTINGS, *_TIMES, "ss_tag_frequency", "format", "sshs_model_hash", "sshs_legacy_hash"}
+
+
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _cut(text: str, num_letters: int = _MAX_LETTERS) -> str:
+    """Return the beginning of a text, in one line, with how long it is if that is not all."""
+    line = harmless(" ".join(text[: 4 * num_letters].split()))
+    if len(line) <= num_letters and len(text) <= 4 * num_letters:
+        return line
+    return f"{line[: num_letters - 20]}... ({len(text):,} letters)"

@@ -20,6 +20,7 @@ from lorasmith.processes import Processes, make_deterministic
 from lorasmith.training import Stepper
 from lorasmith.training_run.encoding import kept_captions, makers_of, trains_text_encoder
 from lorasmith.training_run.loading import build_dataset, build_network, load_model
+from lorasmith.training_run.objective import objective_of
 from lorasmith.training_run.page import describe_plan
 from lorasmith.training_run.preparation import Preparation, check_device, prepare, require_options
 from lorasmith.training_run.prior import before_drawing, draw_prior_pictures, missing_prior_pictures, to_draw_note
@@ -79,6 +80,8 @@ def _session(cfg: TrainConfig, ready: Preparation, processes: Processes) -> Sess
     if processes.is_main and cfg.log.progress:
         print(f"loading {cfg.model.base}", flush=True)
     model = load_model(cfg, ready, device)
+    if cfg.loss.zero_terminal_snr:
+        model.schedule = model.schedule.with_zero_terminal_snr()
     model.vae.to(vae_home(device, caches_latents=all(ready.cached)))
     network = build_network(cfg, model)
     network.attach()
@@ -103,6 +106,7 @@ def _session(cfg: TrainConfig, ready: Preparation, processes: Processes) -> Sess
         optimizer,
         processes,
         cached_encoder(model, stores["text"], kept_captions(ready)) if "text" in stores else model.encode_text,
+        objective_of(cfg.loss),
         max_grad_norm=cfg.optimizer.max_grad_norm,
         is_fp16=ready.precision == "fp16",
     )

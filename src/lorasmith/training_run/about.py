@@ -31,6 +31,7 @@ def file_metadata(cfg: TrainConfig, ready: Preparation, step: int, started_at: f
     data, training, optimizer, save, facts, plan = (
         cfg.data, cfg.training, cfg.optimizer, cfg.save, ready.facts, ready.plan
     )  # fmt: skip
+    loss = cfg.loss
     own = [record for record in ready.records if not record.is_prior]
     prior = [record for record in ready.records if record.is_prior]
     name = save.name or "last"
@@ -66,6 +67,13 @@ def file_metadata(cfg: TrainConfig, ready: Preparation, step: int, started_at: f
         "mixed_precision": {"fp32": "no"}.get(ready.precision, ready.precision),
         "seed": training.seed,
         "prior_loss_weight": data.prior_loss_weight,
+        "loss_type": loss.loss_type,
+        "huber_c": loss.huber_c,
+        "huber_scale": loss.huber_scale,
+        "huber_schedule": loss.huber_schedule,
+        "min_snr_gamma": loss.min_snr_gamma,
+        "debiased_estimation": loss.debiased_estimation,
+        "zero_terminal_snr": loss.zero_terminal_snr,
         "resolution": ready.resolution,
         "enable_bucket": data.buckets,
         "min_bucket_reso": data.bucket_min if data.buckets else None,

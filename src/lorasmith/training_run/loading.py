@@ -12,6 +12,7 @@ from lorasmith.models.base import LatentDiffusion
 from lorasmith.network import Network, match
 from lorasmith.processes import Processes
 from lorasmith.training_run.encoding import posteriors
+from lorasmith.training_run.objective import timesteps_of
 from lorasmith.training_run.preparation import Preparation, network_rules
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -53,7 +54,7 @@ def build_dataset(
         ready.crops,
         ready.subsets,
         seed=cfg.training.seed,
-        sample_t=model.schedule.sample_t,
+        sample_t=timesteps_of(cfg.loss).sample,
         latent_channels=model.latent_channels,
         latent_factor=model.latent_factor,
         latents={} if store is None else posteriors(cfg, ready, model, processes, store),

@@ -27,6 +27,7 @@ from lorasmith.processes import Processes
 from lorasmith.progress import memory_free
 from lorasmith.training_run.encoding import kept_captions, makers_of, trains_text_encoder, wanted_latents
 from lorasmith.training_run.loading import DTYPES
+from lorasmith.training_run.objective import objective_line
 from lorasmith.training_run.preparation import Preparation, one_or_each, output_folder
 
 _ENCODED_TITLES: dict[Encoded, str] = {"latents": "latents", "text": "text embeddings"}
@@ -74,6 +75,7 @@ def describe_plan(cfg: TrainConfig, ready: Preparation, processes: Processes) ->
             )
             + f", {optimizer.optimizer}, {optimizer.lr_schedule} after {optimizer.lr_warmup_steps} steps of warm-up"
         ],
+        "loss": [line] if (line := objective_line(cfg)) else [],
         "memory": [
             f"{ready.precision} on {processes.device}; "
             f"{memory_line(_memory(cfg, ready, num_values, processes.device))}; "

@@ -28,6 +28,7 @@ from lorasmith.network import Network, Rule, check_ranks, match
 from lorasmith.optimizers.base import builder
 from lorasmith.output_folder import OutputFolder, check_free
 from lorasmith.processes import Processes
+from lorasmith.training_run.objective import check_prediction
 from lorasmith.training_run.resuming import run_folder
 from lorasmith.training_state import (
     State,
@@ -87,6 +88,7 @@ def prepare(cfg: TrainConfig, processes: Processes, state: State | None) -> Prep
     with open_checkpoint(cfg.model.base) as checkpoint:
         facts = model_families.describe(checkpoint, v2=cfg.model.v2, prediction=cfg.model.prediction, vae=cfg.model.vae)
         shapes = model_families.target_shapes(checkpoint)
+    check_prediction(cfg.loss, facts.prediction)
     rules = network_rules(cfg)
     shapes = {name: shapes[name] for name in match(shapes, rules)}
     if cfg.network.weights is None:

@@ -153,7 +153,7 @@ class Session:
             return ""
         with self._as_saved():
             loss = validation_loss(
-                self.model, plan, dataset.held_out(plan), self.processes, self.stepper.encode,
+                self.model, plan, dataset.held_out(plan), self.processes, self.stepper.encode, self.stepper.objective,
                 workers=self.cfg.data.workers,
             )  # fmt: skip
         if (log := self.validation_losses) is not None and self.done not in dict(log.losses):

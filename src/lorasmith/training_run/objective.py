@@ -1,0 +1,53 @@
+"""What a run makes small, as its options say it."""
+
+from lorasmith.config import LossSection, TrainConfig
+from lorasmith.diffusion import Prediction, Timesteps
+from lorasmith.errors import UserError
+from lorasmith.losses import Objective
+
+
+def objective_of(loss: LossSection) -> Objective:
+    """Return the loss with its weightings."""
+    numbers = {
+        "min_snr_gamma": loss.min_snr_gamma,
+        "debiased_estimation": 1.0 if loss.debiased_estimation else None,
+        "scale_v_pred_loss": 1.0 if loss.scale_v_pred_loss else None,
+        "v_pred_like_loss": loss.v_pred_like_loss,
+    }
+    weightings = {name: number for name, number in numbers.items() if number is not None}
+    return Objective(loss.loss_type, loss.huber_c, loss.huber_scale, loss.huber_schedule, weightings)
+
+
+def timesteps_of(loss: LossSection) -> Timesteps:
+    """Return which timesteps are trained."""
+    return Timesteps(
+        loss.min_timestep, loss.max_timestep, loss.timestep_density, loss.timestep_logit_mean, loss.timestep_logit_std
+    )
+
+
+def check_prediction(loss: LossSection, prediction: Prediction) -> None:
+    """Refuse what cannot be meant for a model that predicts this.
+
+    Raises:
+        UserError: names the options.
+    """
+    of_v = {"scale_v_pred_loss": loss.scale_v_pred_loss, "zero_terminal_snr": loss.zero_terminal_snr}
+    wrong = [name for name, is_on in of_v.items() if is_on and prediction == "epsilon"]
+    if loss.v_pred_like_loss is not None and prediction == "v_prediction":
+        wrong = ["v_pred_like_loss"]
+    if wrong:
+        other = "v_prediction" if prediction == "epsilon" else "epsilon"
+        raise UserError(
+            f"{' and '.join(wrong)} {'are' if len(wrong) > 1 else 'is'} for models that predict "
+            f"{_PREDICTED[other]}, but this one predicts {_PREDICTED[prediction]}; leave it out, or, if the model's "
+            f"file is wrong about that, give --prediction {other}."
+        )
+
+
+_PREDICTED = {"epsilon": "the noise (epsilon)", "v_prediction": "v (v_prediction)"}
+
+
+def objective_line(cfg: TrainConfig) -> str:
+    """Return all options of loss and noise that are not as they are when left out, as they would be given."""
+    changed = cfg.loss.model_dump(exclude_defaults=True)
+    return ", ".join(name if value is True else f"{name} {value}" for name, value in changed.items())

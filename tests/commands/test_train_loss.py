@@ -1,0 +1,159 @@
+"""Every option of loss, noise and regularizers does something, and a run with it is stopped and resumed exactly.
+
+Runs are of two steps on a miniature model, of the text encoder alone where that is enough, so that each takes a part of
+a second.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+
+from lorasmith.cli import main
+from tests.commands.test_train_options import Place, Result, same
+
+QUICK = ["--train", "text_encoder", "--state-every-steps", 1, "--keep-states", 9]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("SOURCE_DATE_EPOCH", "1700000000")
+        patched.setenv("LORASMITH_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patched.setattr("lorasmith.training_run.session.write_report", lambda folder, contents: folder)
+        yield Place(tmp_path_factory.mktemp("place"))
+
+
+CHANGING = [
+    ["--loss-type", "l1"],
+    ["--loss-type", "huber"],
+    ["--loss-type", "smooth_l1"],
+    ["--loss-type", "huber", "--huber-c", 0.5],
+    ["--loss-type", "huber", "--huber-schedule", "constant"],
+    ["--loss-type", "huber", "--huber-schedule", "exponential"],
+    ["--loss-type", "huber", "--huber-schedule", "exponential", "--huber-scale", 2],
+    ["--min-snr-gamma", 5],
+    ["--debiased-estimation"],
+    ["--v-pred-like-loss", 0.2],
+    ["--prediction", "v_prediction", "--scale-v-pred-loss"],
+    ["--prediction", "v_prediction", "--zero-terminal-snr"],
+    ["--min-timestep", 700],
+    ["--max-timestep", 300],
+    ["--timestep-density", "logit_normal"],
+    ["--timestep-density", "logit_normal", "--timestep-logit-mean", 2],
+    ["--timestep-density", "logit_normal", "--timestep-logit-std", 3],
+    ["--timestep-density", "cosmap"],
+]
+
+
+def without_last(options: list[object]) -> list[object]:
+    """The options but the last one, and its value."""
+    last = max(number for number, word in enumerate(options) if str(word).startswith("--"))
+    return options[:last]
+
+
+every_option = pytest.mark.parametrize("options", CHANGING, ids=lambda options: " ".join(map(str, options)))
+
+
+@every_option
+def test_an_option_changes_what_is_learned_and_the_plan_says_so(place: Place, options: list[object]) -> None:
+    result, without = place.train(*QUICK, *options), place.train(*QUICK, *without_last(options))
+    assert not same(result, without)
+    name = str([word for word in options if str(word).startswith("--")][-1])[2:].replace("-", "_")
+    assert name in result.plan and name not in without.plan
+
+
+TOGETHER = [  # every option once
+    ["--loss-type", "huber", "--huber-c", 0.5, "--huber-schedule", "exponential", "--huber-scale", 2,
+     "--min-snr-gamma", 5, "--debiased-estimation", "--v-pred-like-loss", 0.2,
+     "--min-timestep", 100, "--max-timestep", 800, "--timestep-density", "logit_normal", "--timestep-logit-mean", 1,
+     "--timestep-logit-std", 2],
+    ["--prediction", "v_prediction", "--scale-v-pred-loss", "--zero-terminal-snr", "--timestep-density", "cosmap",
+     "--loss-type", "smooth_l1"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", TOGETHER, ids=lambda options: " ".join(map(str, options)))
+def test_a_run_stopped_in_the_middle_gives_the_same_bytes(place: Place, options: list[object]) -> None:
+    whole = place.train(*QUICK, *options)
+    assert resumed(whole) == (whole.folder / "last.safetensors").read_bytes()
+
+
+def resumed(whole: Result) -> bytes:
+    """Go on with a run from its first step, and return the file that it comes to."""
+    last = whole.folder / "last.safetensors"
+    before = last.read_bytes()
+    last.unlink()
+    assert main(["train", "--resume", str(whole.folder / "states" / "step-00000001")]) == 0
+    after = last.read_bytes()
+    last.write_bytes(before)
+    return after
+
+
+def test_the_loss_at_a_timestep_does_not_depend_on_the_range_it_is_drawn_from(place: Place) -> None:
+    """Ranges of one timestep each, so that all draw the same one, and noise is drawn by itself."""
+    narrow = place.train(*QUICK, "--min-timestep", 500, "--max-timestep", 501)
+    shaped = place.train(*QUICK, "--min-timestep", 500, "--max-timestep", 501, "--timestep-density", "logit_normal")
+    assert same(narrow, shaped) and narrow.logged("loss") == shaped.logged("loss")
+
+
+def test_the_file_says_how_the_loss_was_made(place: Place) -> None:
+    huber = place.train(*QUICK, "--loss-type", "huber", "--huber-schedule", "constant", "--huber-c", 0.3)
+    plain = place.train(*QUICK).metadata
+    assert huber.metadata["ss_loss_type"] == "huber" and huber.metadata["ss_huber_c"] == "0.3"
+    assert huber.metadata["ss_huber_schedule"] == "constant" and huber.metadata["ss_huber_scale"] == "1.0"
+    assert place.train(*QUICK, "--min-snr-gamma", 5).metadata["ss_min_snr_gamma"] == "5.0"
+    assert place.train(*QUICK, "--debiased-estimation").metadata["ss_debiased_estimation"] == "True"
+    zero = place.train(*QUICK, "--prediction", "v_prediction", "--zero-terminal-snr").metadata
+    assert zero["ss_zero_terminal_snr"] == "True" and plain["ss_zero_terminal_snr"] == "False"
+    assert (plain["ss_loss_type"], plain["ss_min_snr_gamma"]) == ("l2", "None")
+
+
+def test_samples_are_drawn_with_the_schedule_that_is_trained(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lorasmith.training_run import session
+
+    ends: list[bool] = []
+
+    def note(model: object, prompts: list[str], **settings: object) -> list[object]:
+        ends.append(model.schedule.ends_in_noise)  # type: ignore[attr-defined]
+        return []
+
+    monkeypatch.setattr(session, "generate", note)
+    monkeypatch.setattr(session.SamplesFolder, "add", lambda self, step, pictures: None)
+    drawing = ["--before-after", "--prediction", "v_prediction", "--train", "text_encoder"]
+    place.train(*drawing, "--zero-terminal-snr")
+    place.train(*drawing)
+    assert ends == [True, True, False, False]
+
+
+def mistake(place: Place, capsys: pytest.CaptureFixture[str], *options: object) -> str:
+    words = ["--base", place.base, "--images", place.pictures.parent, "--output", place.path / "none", *options]
+    assert main(["train", *map(str, words)]) == 2
+    assert not (place.path / "none").exists()
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return " ".join(error.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--huber-c", 0.2], "huber_c shapes the losses huber and smooth_l1, but loss_type = l2"),
+        (["--loss-type", "huber", "--huber-scale", 2], "huber_scale has no part in huber_schedule = snr"),
+        (["--min-timestep", 500, "--max-timestep", 500], "min_timestep = 500 is not below max_timestep = 500"),
+        (["--timestep-logit-std", 2], "timestep_logit_std shapes timestep_density = logit_normal, but it is uniform"),
+        (["--zero-terminal-snr"], "zero_terminal_snr is for models that predict v (v_prediction)"),
+        (["--scale-v-pred-loss"], "give --prediction v_prediction"),
+        (["--prediction", "v_prediction", "--v-pred-like-loss", 0.1], "but this one predicts v (v_prediction)"),
+        (["--max-timestep", 1001], "--max-timestep 1001: expected a whole number above 0 and at most 1000"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_before_anything_is_loaded(
+    place: Place, capsys: pytest.CaptureFixture[str], options: list[object], message: str
+) -> None:
+    assert message in mistake(place, capsys, *options)
+
+
+def test_a_resumed_run_keeps_its_loss(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    run = place.train(*QUICK, "--min-snr-gamma", 5)
+    assert main(["train", "--resume", str(run.folder), "--steps", "3", "--min-snr-gamma", "4"]) == 2
+    assert "min_snr_gamma was 5.0, now 4.0" in capsys.readouterr().err
