@@ -27,6 +27,7 @@ from pydantic import (
 )
 
 from lorasmith.errors import UserError
+from lorasmith.lr import parse_table
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -118,6 +119,17 @@ def _check_token_length(length: int) -> int:
     return length
 
 
+def _check_steps_or_share(steps: float) -> float:
+    if steps >= 1 and steps != int(steps):
+        raise ValueError(f"{steps:g} is neither a whole number of steps nor, below 1, a share of the run")
+    return steps
+
+
+def _check_table(text: str) -> str:
+    parse_table(text)
+    return text
+
+
 # A shell expands ~ at the start of a word only: not in --base=~/model, nor in a TOML file.
 Place = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
 PlaceOrHubId = Annotated[str, AfterValidator(os.path.expanduser)]
@@ -129,6 +141,8 @@ Separator = Annotated[str, AfterValidator(_check_separator)]
 Numbers = Annotated[list[float], Field(json_schema_extra={"format": "numbers"})]
 Rate = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+StepsOrShare = Annotated[float, Field(ge=0), AfterValidator(_check_steps_or_share)]
+LearningRateTable = Annotated[str, AfterValidator(_check_table)]
 
 
 class ModelSection(Section):
@@ -364,11 +378,32 @@ class OptimizerSection(Section):
     unet_lr: Rate | None = Field(default=None, description="Learning rate of the U-Net's LoRA.")
     text_encoder_lr: Rate | None = Field(default=None, description="Learning rate of the text encoder's LoRA.")
     weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.01, description="Weight decay.")
-    lr_schedule: Literal["constant", "linear", "cosine"] = Field(
+    lr_schedule: Literal[
+        "constant", "linear", "cosine", "cosine_restarts", "polynomial", "inverse_sqrt", "warmup_stable_decay",
+        "piecewise",
+    ] = Field(
         default="constant", description="How the learning rate goes down over the run, after the warm-up."
+    )  # fmt: skip
+    lr_warmup_steps: StepsOrShare = Field(
+        default=0, description="Steps over which the learning rate rises from 0; below 1, a share of the run."
     )
-    lr_warmup_steps: Annotated[int, Field(ge=0)] = Field(
-        default=0, description="Steps over which the learning rate rises from 0."
+    lr_decay_steps: StepsOrShare = Field(
+        default=0.2, description="Last steps, in which warmup_stable_decay goes down; below 1, a share of the run."
+    )
+    lr_cycles: PositiveInt = Field(default=2, description="How often cosine_restarts goes down.")
+    lr_power: Rate = Field(default=2.0, description="Power of polynomial; 1 is linear.")
+    lr_timescale: PositiveInt | None = Field(
+        default=None,
+        description="Steps after which inverse_sqrt begins to go down markedly; left out, those of the warm-up, or "
+        "10000.",
+    )
+    lr_min_ratio: Share = Field(
+        default=0.0, description="Share of the learning rate at which schedules end that would go down to 0."
+    )
+    lr_table: LearningRateTable | None = Field(
+        default=None,
+        description="Multipliers for piecewise, each with the step (below 1, the share of the run) before which it "
+        "holds, and one for the rest: 1:100,0.1:150,0.01.",
     )
     max_grad_norm: Annotated[float, Field(ge=0)] = Field(
         default=1.0, description="Clip gradients to this norm; 0 turns it off."
@@ -616,7 +651,8 @@ def contradictions(cfg: TrainConfig) -> list[str]:
         ),
         "keep_last_steps is for LoRAs saved after steps, but save_every_steps is left out; give it, or leave the other "
         "out": cfg.save.keep_last_steps and not cfg.save.save_every_steps and not cfg.resume,
-        f"lr_warmup_steps = {optimizer.lr_warmup_steps} is not below steps = {training.steps}; "
+        **dict.fromkeys(_schedule_contradictions(optimizer), True),
+        f"lr_warmup_steps = {optimizer.lr_warmup_steps:g} is not below steps = {training.steps}; "
         "lower the first or raise the second": training.steps and optimizer.lr_warmup_steps >= training.steps,
         f"captions names a metadata JSON, but source = {data.source} has captions of its own; leave out one of them": (
             data.captions and data.source not in ("auto", "metadata_json") and "." not in data.source
@@ -688,30 +724,6 @@ def _loss_contradictions(loss: LossSection) -> list[str]:
     return [message for message, is_wrong in checks.items() if is_wrong]
 
 
-_SHAPED_BY = {  # option -> the schedules that it shapes
-    "lr_decay_steps": ["warmup_stable_decay"],
-    "lr_cycles": ["cosine_restarts"],
-    "lr_power": ["polynomial"],
-    "lr_timescale": ["inverse_sqrt"],
-    "lr_min_ratio": ["linear", "cosine", "cosine_restarts", "polynomial", "warmup_stable_decay"],
-    "lr_table": ["piecewise"],
-}
-
-
-def _schedule_contradictions(optimizer: OptimizerSection) -> list[str]:
-    name = optimizer.lr_schedule
-    messages = [
-        f"{option} shapes lr_schedule = {' or '.join(names)}, but it is {name}; change that, or leave {option} out"
-        for option, names in _SHAPED_BY.items()
-        if name not in names and _is_changed(optimizer, option)
-    ]
-    if name == "piecewise" and optimizer.lr_table is None:
-        messages.append(
-            "lr_schedule = piecewise needs lr_table, its multipliers, such as 1:100,0.1:150,0.01; give that too"
-        )
-    return messages
-
-
 def _changed(section: Section, *names: str) -> list[str]:
     return [name for name in names if _is_changed(section, name)]
 
@@ -754,6 +766,30 @@ def _bucket_contradictions(given: "DataSection | PrepareConfig", *, are_in_file:
         "have no effect; leave out one or the other": given.bucket_no_upscale and limits,
     }
     return [message for message, is_wrong in checks.items() if is_wrong]
+
+
+_SHAPED_BY = {  # option -> the schedules that it shapes
+    "lr_decay_steps": ["warmup_stable_decay"],
+    "lr_cycles": ["cosine_restarts"],
+    "lr_power": ["polynomial"],
+    "lr_timescale": ["inverse_sqrt"],
+    "lr_min_ratio": ["linear", "cosine", "cosine_restarts", "polynomial", "warmup_stable_decay"],
+    "lr_table": ["piecewise"],
+}
+
+
+def _schedule_contradictions(optimizer: OptimizerSection) -> list[str]:
+    name = optimizer.lr_schedule
+    messages = [
+        f"{option} shapes lr_schedule = {' or '.join(names)}, but it is {name}; change that, or leave {option} out"
+        for option, names in _SHAPED_BY.items()
+        if name not in names and _is_changed(optimizer, option)
+    ]
+    if name == "piecewise" and optimizer.lr_table is None:
+        messages.append(
+            "lr_schedule = piecewise needs lr_table, its multipliers, such as 1:100,0.1:150,0.01; give that too"
+        )
+    return messages
 
 
 def _is_changed(section: Section, name: str) -> bool:

@@ -51,7 +51,7 @@ def file_metadata(cfg: TrainConfig, ready: Preparation, step: int, started_at: f
         "text_encoder_lr": optimizer.text_encoder_lr,
         "optimizer": optimizer.optimizer,
         "lr_scheduler": optimizer.lr_schedule,
-        "lr_warmup_steps": optimizer.lr_warmup_steps,
+        "lr_warmup_steps": ready.schedule.warmup_steps,
         "max_grad_norm": optimizer.max_grad_norm,
         "max_train_steps": ready.total_steps,
         "steps": step,

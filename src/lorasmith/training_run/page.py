@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 
 import lorasmith
+from lorasmith import lr
 from lorasmith.cache_folder import in_words
 from lorasmith.caching import Encoded, caption_name, count_cached
 from lorasmith.config import TrainConfig
@@ -73,7 +74,8 @@ def describe_plan(cfg: TrainConfig, ready: Preparation, processes: Processes) ->
                 for part, rate in rates.items()
                 if parts[part]
             )
-            + f", {optimizer.optimizer}, {optimizer.lr_schedule} after {optimizer.lr_warmup_steps} steps of warm-up"
+            + f", {optimizer.optimizer}, {ready.schedule.name} after {ready.schedule.warmup_steps} steps of warm-up",
+            *(lr.chart(ready.schedule) if ready.schedule.name != "constant" or ready.schedule.warmup_steps else []),
         ],
         "loss": [line] if (line := objective_line(cfg)) else [],
         "memory": [

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from lorasmith import config, model_families
+from lorasmith import config, lr, model_families
 from lorasmith.cache_folder import Say, default_place, open_cache
 from lorasmith.checkpoint import open_checkpoint
 from lorasmith.config import TrainConfig
@@ -59,6 +59,7 @@ class Preparation:
     plan: Plan
     validation: Plan | None
     total_steps: int
+    schedule: lr.Schedule
     prompts: list[str]
     cached: list[bool]  # of each data set, whether its latents are
     npz: "NpzFiles"
@@ -114,11 +115,7 @@ def prepare(cfg: TrainConfig, processes: Processes, state: State | None) -> Prep
         seed=cfg.training.seed,
     )
     total_steps = cfg.training.steps or (cfg.training.epochs or 0) * plan.steps_per_epoch or _DEFAULT_STEPS
-    if cfg.optimizer.lr_warmup_steps >= total_steps:
-        raise UserError(
-            f"lr_warmup_steps = {cfg.optimizer.lr_warmup_steps} is not below the run's {total_steps} steps; "
-            "lower the first, or train longer with --steps or --epochs."
-        )
+    schedule = _schedule(cfg.optimizer, total_steps)
     cached = [_caches_latents(cfg, dataset) for dataset in datasets]
     npz = _npz_files(cfg, facts, gathered, cached, processes)
     fingerprint = _fingerprint(gathered, npz, plan.num_processes)
@@ -129,10 +126,24 @@ def prepare(cfg: TrainConfig, processes: Processes, state: State | None) -> Prep
         facts, precision, shapes, rank, alpha, datasets[0].resolution, datasets, gathered.records, gathered.crops,
         [subset.for_run_of(total_steps) for subset in gathered.subsets],
         [*notes, *gathered.notes, *_cut_notes(cfg, gathered), *plan.notes],
-        plan, validation_plan(plan, gathered.records, seed=_validation_seed(cfg)), total_steps, _prompts(cfg, gathered),
-        cached, npz, fingerprint, state, cache_place, say,
+        plan, validation_plan(plan, gathered.records, seed=_validation_seed(cfg)), total_steps, schedule,
+        _prompts(cfg, gathered), cached, npz, fingerprint, state, cache_place, say,
         thumbnail_url(cfg.save.thumbnail) if cfg.save.thumbnail else None,
     )  # fmt: skip
+
+
+def _schedule(optimizer: config.OptimizerSection, total_steps: int) -> lr.Schedule:
+    return lr.resolve(
+        optimizer.lr_schedule,
+        total_steps,
+        warmup_steps=optimizer.lr_warmup_steps,
+        decay_steps=optimizer.lr_decay_steps,
+        cycles=optimizer.lr_cycles,
+        power=optimizer.lr_power,
+        timescale=optimizer.lr_timescale,
+        floor=optimizer.lr_min_ratio,
+        table=optimizer.lr_table,
+    )
 
 
 def _validation_seed(cfg: TrainConfig) -> int:

@@ -21,7 +21,6 @@ from lorasmith.data.dataset import Dataset
 from lorasmith.formats import kohya
 from lorasmith.interrupt import StopRequest
 from lorasmith.loss_log import LossLog
-from lorasmith.lr import multiplier
 from lorasmith.memory import lent
 from lorasmith.models.base import LatentDiffusion
 from lorasmith.network import Network
@@ -102,16 +101,14 @@ class Session:
 
     def _loop(self, dataset: Dataset, stop: StopRequest) -> bool:
         """Take steps to the end, or until any process was asked to stop; return whether that was so."""
-        total, optimizer, processes = self.ready.total_steps, self.cfg.optimizer, self.processes
+        total, processes = self.ready.total_steps, self.processes
         is_shown = self.cfg.log.progress and processes.is_main
         with Progress(total, self.done, processes.device, is_shown=is_shown) as progress:
             prepared = dataset.prefetch(range(self.done, total), processes.index, self.cfg.data.workers)
             while self.done < total:
                 with processes.together():
                     batches = next(prepared)
-                rate = multiplier(
-                    optimizer.lr_schedule, self.done, warmup_steps=optimizer.lr_warmup_steps, total_steps=total
-                )
+                rate = self.ready.schedule.multiplier(self.done)
                 result = self.stepper.step(batches, rate, step=self.done, stop_signal=lambda: stop.signal_number)
                 self.done += 1
                 if self.average is not None:
