@@ -189,10 +189,17 @@ def check_ranks(shapes: Mapping[str, Sequence[int]], rules: Sequence[Rule]) -> N
     """Check from the shapes of the layers' weights alone, so before anything is loaded, that every rank fits.
 
     Raises:
-        UserError: a rank is larger than a layer can use; names the layers and the largest rank that fits all.
+        UserError: an adapter does not go on a layer, or a rank is larger than a layer can use; names the layers and the
+            largest rank that fits all.
     """
     matched = match(shapes, rules)
-    largest = {name: adapter_class(rule.adapter).largest_rank(shapes[name]) for name, rule in matched.items()}
+    largest: dict[str, int] = {}
+    for name, rule in matched.items():
+        kind = adapter_class(rule.adapter)
+        try:
+            largest[name] = kind.largest_rank(shapes[name])
+        except ValueError as error:
+            raise UserError(f"adapter {rule.adapter!r} does not go on {name}: {error}.") from error
     too_small = [name for name, rule in matched.items() if rule.rank > largest[name]]
     if too_small:
         ranks = ", ".join(str(rank) for rank in sorted({matched[name].rank for name in too_small}))

@@ -20,8 +20,8 @@ class Constant(Adapter):
     def from_tensors(cls, layer_shape: Sequence[int], tensors: Mapping[str, Tensor]) -> "Constant":
         raise AssertionError("not needed")
 
-    @staticmethod
-    def largest_rank(layer_shape: Sequence[int]) -> int:
+    @classmethod
+    def largest_rank(cls, layer_shape: Sequence[int]) -> int:
         return 1
 
     def reset(self, weight: Tensor, generator: torch.Generator) -> None:

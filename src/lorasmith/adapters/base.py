@@ -44,10 +44,14 @@ class Adapter(nn.Module, ABC):
             ValueError: the tensors do not fit a layer of this shape; the message names both shapes.
         """
 
-    @staticmethod
+    @classmethod
     @abstractmethod
-    def largest_rank(layer_shape: Sequence[int]) -> int:
-        """Return the largest rank that such a layer can make use of."""
+    def largest_rank(cls, layer_shape: Sequence[int]) -> int:
+        """Return the largest rank that such a layer can make use of; sys.maxsize where the rank means something else.
+
+        Raises:
+            ValueError: this type does not go on such a layer.
+        """
 
     @abstractmethod
     def reset(self, weight: Tensor, generator: torch.Generator) -> None:
@@ -66,7 +70,11 @@ class Adapter(nn.Module, ABC):
 
     @abstractmethod
     def scale_(self, factor: float) -> None:
-        """Make `delta` `factor` times what it was, in place."""
+        """Make `delta` `factor` times what it was, in place.
+
+        Raises:
+            ValueError: no tensors of this type make a multiple of `delta`.
+        """
 
     def delta_norm(self, weight: Tensor) -> Tensor:
         """Return the Frobenius norm of `delta(weight)`, a 0-dim tensor."""
