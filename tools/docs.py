@@ -1,10 +1,15 @@
-"""Writes docs/options.md, docs/schema/*.json and the keys of docs/dataset-config.md from the code: `make docs`."""
+"""Writes docs/options.md, docs/schema/*.json, and the tables of docs/dataset-config.md and docs/sd-scripts.md from the
+code: `make docs`.
+"""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from lorasmith import config
+from lorasmith.compat import entry
+from lorasmith.compat.scripts import SCRIPTS
+from lorasmith.compat.table import Script
 from lorasmith.config import COMMANDS, Option, Section
 from lorasmith.data.dataset_config import KEYS, Key
 
@@ -38,10 +43,11 @@ def pages() -> dict[Path, str]:
         for name, model in COMMANDS.items()
     }
     options = "\n".join([_INTRODUCTION, *(_command(name, model) for name, model in COMMANDS.items())])
-    dataset_config = ROOT / "docs" / "dataset-config.md"
+    dataset_config, sd_scripts = ROOT / "docs" / "dataset-config.md", ROOT / "docs" / "sd-scripts.md"
     return {
         ROOT / "docs" / "options.md": options,
         dataset_config: _with_keys(dataset_config.read_text(encoding="utf-8")),
+        sd_scripts: _with_scripts(sd_scripts.read_text(encoding="utf-8")),
         **schemas,
     }
 
@@ -57,6 +63,19 @@ def _key_row(key: Key) -> str:
     values = " or ".join(f"`{json.dumps(value)}`" for value in key.only) if key.only else key.expected
     option = f"`--{key.option.replace('_', '-')}`" if key.option else ""
     return f"| `{key.name}` | {under} | {values} | {option} | {key.help.replace('|', chr(92) + '|')} |"
+
+
+def _with_scripts(text: str) -> str:
+    """Return the page about sd-scripts' command lines with its tables made anew."""
+    before, head, _ = text.partition("## The scripts\n")
+    return before + head + "".join(map(_script, SCRIPTS.values()))
+
+
+def _script(script: Script) -> str:
+    rows = [f"| `{flag.name}` | {entry.told(script, flag).replace('|', chr(92) + '|')} |" for flag in script.flags]
+    lines = [f"### {script.name}", "", f"`lorasmith {script.command}`", "", "| option | here |", "|---|---|", *rows]
+    differences = [f"- {difference}" for difference in script.differences]
+    return "\n".join(["", *lines, *([""] if differences else []), *differences, ""])
 
 
 def _command(name: str, model: type[Section]) -> str:

@@ -12,7 +12,8 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +46,16 @@ _METAVARS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line (sys.argv's, unless given) and return the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    return guarded(partial(_dispatch, arguments), next(iter(arguments), ""))
+
+
+def guarded(work: Callable[[], int], command: str) -> int:
+    """Do the work of a command and return the exit code; whatever ends it is told to a person."""
     try:
-        code = _dispatch(arguments)
+        code = work()
         sys.stdout.flush()
     except FullDisk as error:
-        return _fail(f"{error}{_going_on(arguments)}", 2)
+        return _fail(f"{error}{_going_on(command)}", 2)
     except UserError as error:
         return _fail(str(error), 2)
     except KeyboardInterrupt:
@@ -61,17 +67,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.errno not in _OUTSIDE:
             return _bug()
         where = f"{error.filename}: " if error.filename else ""
-        hint = _going_on(arguments) if _OUTSIDE[error.errno] == _NO_SPACE else ""
+        hint = _going_on(command) if _OUTSIDE[error.errno] == _NO_SPACE else ""
         return _fail(f"{where}{_OUTSIDE[error.errno]} ({error.strerror}).{hint}", 2)
     except Exception:
         return _bug()
     return code
 
 
-def _going_on(arguments: Sequence[str]) -> str:
+def _going_on(command: str) -> str:
     """Return a sentence for a command that need not begin anew."""
-    command = COMMANDS.get(next(iter(arguments), ""))
-    can_resume = command is not None and any(option.flag == "--resume" for option in config.options(command))
+    model = COMMANDS.get(command)
+    can_resume = model is not None and any(option.flag == "--resume" for option in config.options(model))
     return " What was begun goes on with --resume." if can_resume else ""
 
 
@@ -89,7 +95,7 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _is_later_process() -> bool:
+def is_later_process() -> bool:
     """Whether a launcher (torchrun, accelerate) started this process as another than its first."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK", "0") != "0"
 
@@ -103,7 +109,7 @@ def _dispatch(arguments: list[str]) -> int:
     elif command == _SCHEMA:
         print(_schema(rest))
     elif command in COMMANDS:
-        return _run(command, rest)
+        return run(command, rest)
     else:
         near = difflib.get_close_matches(command, [*COMMANDS, _SCHEMA], n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join([*COMMANDS, _SCHEMA])}."
@@ -130,7 +136,12 @@ def _schema(arguments: list[str]) -> str:
     return json.dumps(COMMANDS[arguments[0]].model_json_schema(), indent=2, ensure_ascii=False)
 
 
-def _run(name: str, arguments: list[str]) -> int:
+def run(name: str, arguments: Sequence[str]) -> int:
+    """Run a command with the options that are given to it.
+
+    Raises:
+        UserError: they cannot be meant, or the command ends with one.
+    """
     command = COMMANDS[name]
     parser = parser_of(name, command)
     given = vars(_parse(parser, command, arguments))
@@ -217,7 +228,7 @@ class _Formatter(argparse.HelpFormatter):
         return f"{flag} {self._format_args(action, action.dest)}"
 
 
-def _parse(parser: argparse.ArgumentParser, command: type[Section], arguments: list[str]) -> argparse.Namespace:
+def _parse(parser: argparse.ArgumentParser, command: type[Section], arguments: Sequence[str]) -> argparse.Namespace:
     try:
         given, unknown = parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:

@@ -1,10 +1,12 @@
 """What is shown in a terminal: command lines for a person to copy, and text that does nothing to the terminal."""
 
+_SPECIAL = frozenset(" ;&|<>()*?#'`\t")  # what a shell takes for something else
+
 
 def quoted(word: object) -> str:
     """Return a word of a command line as it can be pasted into a shell, on Windows too."""
     text = str(word)
-    return f'"{text}"' if " " in text or not text else text
+    return f'"{text}"' if _SPECIAL.intersection(text) or not text else text
 
 
 def harmless(text: str) -> str:

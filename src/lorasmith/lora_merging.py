@@ -44,7 +44,7 @@ def merge(files: Sequence[LoraFile], ratios: Sequence[Ratios], *, rank: int | No
         UserError: the files are for different model families, a layer has different shapes in them, or a file's ratios
             leave nothing of it.
     """
-    _check_families(files)
+    check_families(files)
     sources = [_scaled_layers(file, own) for file, own in zip(files, ratios, strict=True)]
     shapes = _common_shapes(files, sources)
     layers: dict[str, Layer] = {}
@@ -78,7 +78,8 @@ def _sum(parts: Sequence[Factors], rank: int | None) -> tuple[Factors, Kept]:
     return factors, Kept(factors.rank, found.energy(rank), found.energy())
 
 
-def _check_families(files: Sequence[LoraFile]) -> None:
+def check_families(files: Sequence[LoraFile]) -> None:
+    """Refuse LoRAs for different model families (a UserError)."""
     known = {file.family: file for file in files if file.family != "unknown"}
     if len(known) > 1:
         named = " and ".join(f"{file.path} is for {_TITLES[family]}" for family, file in sorted(known.items()))
