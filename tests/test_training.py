@@ -62,6 +62,9 @@ class Miniature(LatentDiffusion):
     def adapter_targets(self) -> dict[str, nn.Module]:
         return {"lora_unet_conv": self.denoiser}
 
+    def adaptable_layers(self) -> dict[str, nn.Module]:
+        return self.adapter_targets()
+
 
 def samples(count: int, *, seed: int = 0, is_cached: bool = True) -> Batch:
     generator = torch.Generator().manual_seed(seed)

@@ -475,6 +475,29 @@ class LossSection(Section):
         default=0.0, description="For logit_normal: above 0 noisier timesteps come more often, below 0 less."
     )
     timestep_logit_std: Rate = Field(default=1.0, description="For logit_normal: how widely timesteps are spread.")
+    noise_offset: Rate | None = Field(
+        default=None,
+        description="Raise or lower the noise of whole channels by so much, to learn dark and bright; commonly 0.05.",
+    )
+    noise_offset_random: bool = Field(
+        default=False, description="Draw the strength of noise_offset for each sample, from 0 up to it."
+    )
+    noise_offset_adaptive: float | None = Field(
+        default=None, description="Add so many times a channel's mean, without its sign, to noise_offset."
+    )
+    pyramid_noise_levels: Annotated[int, Field(ge=1, le=10)] | None = Field(
+        default=None, description="Add so many noises of lower and lower resolution (multires noise); commonly 6."
+    )
+    pyramid_noise_discount: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.3, description="How strong each of them is in proportion to the one before."
+    )
+    input_perturbation: Rate | None = Field(
+        default=None,
+        description="Show the model noise that differs by so much from what it is to predict; commonly 0.1.",
+    )
+    input_perturbation_random: bool = Field(
+        default=False, description="Draw the strength of input_perturbation for each sample, from 0 up to it."
+    )
 
 
 class ValidationSection(Section):
@@ -709,6 +732,7 @@ def contradictions(cfg: TrainConfig) -> list[str]:
 def _loss_contradictions(loss: LossSection) -> list[str]:
     huber = _changed(loss, "huber_c", "huber_scale", "huber_schedule")
     logit = _changed(loss, "timestep_logit_mean", "timestep_logit_std")
+    offset = _changed(loss, "noise_offset_random", "noise_offset_adaptive")
     checks = {
         f"{' and '.join(huber)} shape{'s' * (len(huber) == 1)} the losses huber and smooth_l1, but loss_type = "
         f"{loss.loss_type}; change that, or leave the other out": huber and loss.loss_type in ("l2", "l1"),
@@ -720,6 +744,13 @@ def _loss_contradictions(loss: LossSection) -> list[str]:
         f"{' and '.join(logit)} shape{'s' * (len(logit) == 1)} timestep_density = logit_normal, but it is "
         f"{loss.timestep_density}; change that, or leave the other out": logit
         and loss.timestep_density != "logit_normal",
+        f"{' and '.join(offset)} change{'s' * (len(offset) == 1)} noise_offset, which is missing; give it, or leave "
+        "the other out": offset and loss.noise_offset is None,
+        "pyramid_noise_discount is for pyramid_noise_levels, how many there are; give that, or leave the other out": (
+            _changed(loss, "pyramid_noise_discount") and loss.pyramid_noise_levels is None
+        ),
+        "input_perturbation_random is for input_perturbation, how strong it is at most; give that, or leave the other "
+        "out": loss.input_perturbation_random and loss.input_perturbation is None,
     }
     return [message for message, is_wrong in checks.items() if is_wrong]
 

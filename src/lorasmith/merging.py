@@ -1,26 +1,33 @@
 """Merges LoRAs into the weights of a base model: W + factor * delta(W) for every layer, with the adapters' own `delta`.
 
-No model is built. `verify` does build two, to show that the merged one computes what the base with its LoRAs does.
+Several are added in order, each to what the ones before it left: that is W for those kinds of change whose delta
+depends on it (DoRA, OFT, IA3 ...). No model is built. `verify` does build two, to show that the merged one computes
+what the base with its LoRAs does.
 """
 
+import copy
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorasmith import model_families
 from lorasmith.adapters.base import Adapter
 from lorasmith.checkpoint import Checkpoint
 from lorasmith.errors import UserError
 from lorasmith.formats import kohya
+from lorasmith.formats.dialects import AnyLora, kind_of, read_any
 from lorasmith.model_families import AdapterPlace
 from lorasmith.models.base import LatentDiffusion
-from lorasmith.network import group_by_module, part_of, recognise
+from lorasmith.network import part_of, recognise
 
 PRECISIONS = kohya.PRECISIONS
-_FAMILIES = {"sd1": "SD 1.x", "sd2": "SD 2.x"}
+_FAMILIES = {"sd1": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL", "sd3": "SD3", "flux": "FLUX", "another": "another kind"}
 _NUM_SHOWN = 3
 _ROWS = 256  # of a weight that are added at once
 
@@ -45,27 +52,36 @@ class Addition:
     Args:
         tensors: as the file has them, by layer, of the layers that are added.
         factors: of these layers; none is 0.
+        biases: those of these layers whose bias changes too.
         ignored: layers that the model has, but whose factor is 0.
         unknown: layers that the model does not have.
     """
 
-    path: Path
+    file: AnyLora
     tensors: Mapping[str, Mapping[str, Tensor]]
     factors: Mapping[str, float]
+    biases: frozenset[str]
     ignored: Sequence[str]
     unknown: Sequence[str]
 
     def adapter(self, name: str, shape: Sequence[int]) -> Adapter:
-        return recognise(self.tensors[name]).from_tensors(shape, self.tensors[name])
+        """Return the layer's adapter, which applies at the layer's factor."""
+        adapter = recognise(self.tensors[name]).from_tensors(shape, self.tensors[name])
+        adapter.multiplier = self.factors[name]
+        return adapter
+
+    def kinds(self) -> Counter[str]:
+        """Return how many of the layers that are added are of which kind of change."""
+        return Counter(str(kind_of(tensors)) for tensors in self.tensors.values())
 
 
 def plan(path: Path, family: str, places: Mapping[str, AdapterPlace], strength: Strength) -> Addition:
-    """Read a LoRA and check that it fits the model.
+    """Read a LoRA of any dialect and kind, and check that it fits the model.
 
     Raises:
         UserError: it is for another family, does not fit, holds NaN or infinity, or changes nothing.
     """
-    file = kohya.read(path)
+    file = read_any(path)
     if file.family in _FAMILIES and file.family != family:
         raise UserError(
             f"{path} is a LoRA for {_FAMILIES[file.family]}, and the model is {_FAMILIES[family]}: their layers differ "
@@ -76,46 +92,70 @@ def plan(path: Path, family: str, places: Mapping[str, AdapterPlace], strength: 
             f"{path} holds NaN or infinity ({_shorten(broken)}): its training broke down. Nothing was merged; "
             "use an earlier save of it."
         )
-    layers = group_by_module(file.tensors)
+    layers = file.layers()
     known = {name: tensors for name, tensors in layers.items() if name in places}
     factors = {name: strength.factor(name, places[name]) for name in known}
     addition = Addition(
-        path,
+        file,
         {name: tensors for name, tensors in known.items() if factors[name]},
         {name: factor for name, factor in factors.items() if factor},
+        frozenset(),
         sorted(name for name, factor in factors.items() if not factor),
         sorted(layers.keys() - places.keys()),
     )
-    _check_fits(addition, places)
+    addition = replace(addition, biases=_check_fits(addition, places))
     if not addition.factors:
         raise UserError(_nothing_applied(addition))
     return addition
 
 
-def _check_fits(addition: Addition, places: Mapping[str, AdapterPlace]) -> None:
+def _check_fits(addition: Addition, places: Mapping[str, AdapterPlace]) -> frozenset[str]:
+    """Return the layers whose bias changes, after checking that all layers fit."""
+    biases: set[str] = set()
     problems: list[str] = []
     for name in addition.tensors:
+        place = places[name]
         try:
-            addition.adapter(name, places[name].shape)
+            adapter = addition.adapter(name, place.shape)
+            if place.bias is None and adapter.delta_bias(None) is not None:
+                raise ValueError("a change of the bias in the file; the model's layer has none")
+            if place.bias is not None and adapter.delta_bias(torch.zeros(place.shape[0])) is not None:
+                biases.add(name)
         except ValueError as error:
             problems.append(f"{name}: {error}")
     if problems:
         raise UserError(
-            f"{addition.path} does not fit the model: {len(problems)} of {len(addition.tensors)} layers are of another "
-            f"shape or incomplete ({_shorten(problems)}). Give a LoRA that was trained for this kind of model."
+            f"{addition.file.path} does not fit the model: {len(problems)} of {len(addition.tensors)} layers are of "
+            f"another shape or incomplete ({_shorten(problems)}). Give a LoRA that was trained for this kind of model."
         )
+    return frozenset(biases)
 
 
 def _nothing_applied(addition: Addition) -> str:
+    path = addition.file.path
     if addition.ignored:
         return (
-            f"{addition.path} would change nothing: all of its {len(addition.ignored)} layers have the factor 0. Give "
+            f"{path} would change nothing: all of its {len(addition.ignored)} layers have the factor 0. Give "
             "a ratio or block weights other than 0, or leave the LoRA out."
         )
     return (
-        f"{addition.path} would change nothing: none of its {len(addition.unknown)} layers is in the model (they are "
+        f"{path} would change nothing: none of its {len(addition.unknown)} layers is in the model (they are "
         f"named like {_shorten(addition.unknown)}). Give a LoRA that was trained for this kind of model."
     )
+
+
+def _changes(places: Mapping[str, AdapterPlace], additions: Sequence[Addition]) -> dict[str, list[tuple[str, str]]]:
+    """Return the layers whose weight or bias (layer, end) changes, by the model's tensor that it is in.
+
+    Several where one tensor holds query, key and value.
+    """
+    found: dict[str, list[tuple[str, str]]] = {}
+    for name, place in places.items():
+        if any(name in addition.factors for addition in additions):
+            found.setdefault(place.source.name, []).append((name, "weight"))
+        if place.bias is not None and any(name in addition.biases for addition in additions):
+            found.setdefault(place.bias.name, []).append((name, "bias"))
+    return found
 
 
 def dtypes(
@@ -125,7 +165,7 @@ def dtypes(
     save_precision: str | None,
 ) -> dict[str, torch.dtype]:
     """Return which tensors of the checkpoint change, and of which type they will be."""
-    names = {places[layer].source.name for addition in additions for layer in addition.factors}
+    names = _changes(places, additions)
     return {
         name: checkpoint.dtype(name) if save_precision is None else PRECISIONS[save_precision]
         for name in checkpoint.names()
@@ -145,82 +185,116 @@ def changing(
         types: of the tensors in the new file.
         precision: of the sum, which is rounded to it after every LoRA; a delta itself is computed in fp32.
     """
-    dtype = PRECISIONS[precision]
-    layers: dict[str, list[str]] = {}
-    for name, place in places.items():
-        if any(name in addition.factors for addition in additions):
-            layers.setdefault(place.source.name, []).append(name)
+    changes = _changes(places, additions)
 
     @torch.no_grad()
     def change(name: str, stored: Tensor) -> Tensor:
         if not stored.is_floating_point():
             raise UserError(f"the model's {name} holds whole numbers; merging needs a model in fp32, fp16 or bf16.")
+        if not _is_finite(stored):
+            raise UserError(f"the model's {name} holds NaN or infinity, so nothing was merged; get the model anew.")
         merged = stored if types[name] == stored.dtype else torch.empty_like(stored, dtype=types[name]).copy_(stored)
-        for layer in layers[name]:  # several where a file has query, key and value in one tensor
-            source = places[layer].source
-            weight, result = source.take(stored), source.take(merged)  # views
-            deltas = [
-                addition.adapter(layer, weight.shape).delta(weight).mul_(addition.factors[layer]).to(dtype)
-                for addition in additions
-                if layer in addition.factors
-            ]
-            for start in range(0, len(weight), _ROWS):  # in pieces, so that no second copy of it is in memory
-                rows = slice(start, start + _ROWS)
-                total = weight[rows].to(dtype, copy=True)
-                for delta in deltas:
-                    total.add_(delta[rows])
-                narrow = total.to(types[name])
-                if not _is_finite(narrow):
-                    raise UserError(_not_finite(name, is_sound=_is_finite(weight[rows]), dtype=types[name]))
-                result[rows] = narrow
+        for layer, end in changes[name]:
+            place = places[layer]
+            source = place.source if end == "weight" else place.bias
+            assert source is not None, "a tensor of it has a name"
+            value, result = source.take(stored), source.take(merged)  # views
+            adapters = _adapters(additions, layer, place)
+            _add(value, adapters, end, PRECISIONS[precision], result)
+        if not _is_finite(merged):
+            raise UserError(
+                f"merging makes {name} larger than {str(types[name]).removeprefix('torch.')} or the precision of the "
+                f"sum can hold (at most {torch.finfo(types[name]).max:g}), so nothing was saved; give smaller ratios, "
+                "or --precision float --save-precision float."
+            )
         return merged
 
     return change
 
 
+def _adapters(additions: Sequence[Addition], layer: str, place: AdapterPlace) -> list[Adapter]:
+    return [addition.adapter(layer, place.shape) for addition in additions if layer in addition.factors]
+
+
+def _add(value: Tensor, adapters: Sequence[Adapter], end: str, dtype: torch.dtype, result: Tensor) -> None:
+    """Put the value with all changes of it, each of what the ones before left, into `result`, which may be `value`.
+
+    Args:
+        end: `weight` or `bias`.
+        dtype: of the sums.
+    """
+    if end == "bias":
+        adapters = [adapter for adapter in adapters if adapter.delta_bias(value) is not None]
+    if not adapters:
+        result.copy_(value)
+    for number, adapter in enumerate(adapters, start=1):
+        delta = adapter.delta(value) if end == "weight" else adapter.delta_bias(value)
+        assert delta is not None, "only those that change it are left"
+        if number == len(adapters):
+            total = result
+        else:
+            total = torch.empty_like(value, dtype=dtype) if number == 1 else value
+        for start in range(0, len(value), _ROWS):  # in pieces, so that no second copy of it is in memory
+            rows = slice(start, start + _ROWS)
+            total[rows] = value[rows].to(dtype) + (adapter.multiplier * delta[rows]).to(dtype)
+        value = total
+
+
 def _is_finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor if tensor.dtype.itemsize > 1 else tensor.float()).all())
-
-
-def _not_finite(name: str, *, is_sound: bool, dtype: torch.dtype) -> str:
-    if not is_sound:
-        return f"the model's {name} holds NaN or infinity, so nothing was merged; get the model anew."
-    return (
-        f"merging makes {name} larger than {str(dtype).removeprefix('torch.')} or the precision of the sum can hold "
-        f"(at most {torch.finfo(dtype).max:g}), so nothing was saved; give smaller ratios, or --precision float "
-        "--save-precision float."
-    )
+    parts = tensor.split(_ROWS)
+    return all(bool(torch.isfinite(part if part.dtype.itemsize > 1 else part.float()).all()) for part in parts)
 
 
 # --- is it the same model? --------------------------------------------------------------------------------------------
 
 _CAPTION = "a photo of a cat sitting on a red chair"
 _TIMESTEP = 500
-_TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_NOISE = 1e-5  # share of a result that the order of fp32 additions alone makes
+_LIMIT = 1e-4
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Norms of one result, in shares of the norm that the base with its LoRAs gives.
+    """Norms of differences between what models make of the same input, in shares of what the base with LoRAs makes.
 
     Args:
-        merged: the merged model's difference from the base with its LoRAs.
+        total: between the merged model and the base with its LoRAs attached.
+        rounding: of it, what rounding the exact sums to the precisions of sum and file makes.
+        computed: between the LoRAs attached and the exact sums W + factor * delta(W) in the base's layers.
+        written: between the merged model and the base with these sums rounded as in the file.
         lora: what the LoRAs change.
-        tolerance: how much `merged` may be.
     """
 
     name: str
-    merged: float
+    total: float
+    rounding: float
+    computed: float
+    written: float
     lora: float
-    tolerance: float
+
+    @property
+    def unexplained(self) -> float:
+        """What neither the LoRAs nor rounding explain."""
+        return max(self.computed, self.written)
+
+    @property
+    def limit(self) -> float:
+        """How much may be unexplained: far less than what the LoRAs do, where this is above the noise of fp32."""
+        return min(_LIMIT, max(self.lora / 10, _NOISE))
 
     @property
     def is_same(self) -> bool:
-        """Whether the difference is below the tolerance, and clearly smaller than what the LoRAs do."""
-        return self.merged <= self.tolerance and (self.merged <= self.lora / 2 or self.lora < _NOISE)
+        return self.unexplained <= self.limit
 
+    @property
+    def is_noise(self) -> bool:
+        """Whether the LoRAs do so little that nothing can be told from it."""
+        return 0 < self.lora <= _NOISE
 
-_NOISE = 1e-5  # share that the order of fp32 additions alone makes
+    @property
+    def is_hidden(self) -> bool:
+        """Whether rounding takes the place of a good part of what the LoRAs do."""
+        return self.rounding > self.lora / 2
 
 
 def verify(
@@ -229,33 +303,106 @@ def verify(
     places: Mapping[str, AdapterPlace],
     additions: Sequence[Addition],
     types: Mapping[str, torch.dtype],
+    precision: str,
 ) -> list[Difference]:
     """Return how far a text encoding and a U-Net step of the merged model are from the base's with LoRAs attached.
 
     Both models compute in fp32 on the CPU, one after the other.
     """
-    plain, attached = _results_with_loras(base, places, additions)
+    plain, attached, exact, rounded = _results_of_base(base, places, additions, types, PRECISIONS[precision])
     found = _results(_load(merged))
-    tolerance = max(_TOLERANCES.get(dtype, 0.1) for dtype in types.values())
+
+    def share(name: str, one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+        return float((one[name] - other[name]).norm() / attached[name].norm())
+
     return [
-        Difference(name, _share(found[name] - result, result), _share(plain[name] - result, result), tolerance)
-        for name, result in attached.items()
+        Difference(
+            name,
+            total=share(name, found, attached),
+            rounding=share(name, rounded, exact),
+            computed=share(name, exact, attached),
+            written=share(name, found, rounded),
+            lora=share(name, plain, attached),
+        )
+        for name in attached
     ]
 
 
-def _results_with_loras(
-    base: Checkpoint, places: Mapping[str, AdapterPlace], additions: Sequence[Addition]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the results of the base alone, and with the LoRAs attached."""
+def _results_of_base(
+    base: Checkpoint,
+    places: Mapping[str, AdapterPlace],
+    additions: Sequence[Addition],
+    types: Mapping[str, torch.dtype],
+    dtype: torch.dtype,
+) -> list[dict[str, Tensor]]:
+    """Return the results of the base alone, with the LoRAs attached, with the exact sums, and with the rounded ones."""
     model = _load(base)
-    plain = _results(model)
-    targets = model.adapter_targets()
-    for addition in additions:
-        for name, factor in addition.factors.items():
-            adapter = addition.adapter(name, places[name].shape)
-            adapter.multiplier = factor
-            targets[name].register_forward_hook(lambda layer, args, out, own=adapter: own(layer, args[0], out))
-    return plain, _results(model)
+    layers = model.adaptable_layers()
+    names = {name for addition in additions for name in addition.factors}
+    adapters = {name: _adapters(additions, name, places[name]) for name in sorted(names)}
+    found = [_results(model)]
+    for run in (_attached, partial(_merged, dtype=torch.float32, types={}), partial(_merged, dtype=dtype, types=types)):
+        hooks = [
+            layers[name].register_forward_hook(partial(_replace_output, run, places[name], own))
+            for name, own in adapters.items()
+        ]
+        found.append(_results(model))
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _replace_output(
+    run: Callable[..., Tensor],
+    place: AdapterPlace,
+    adapters: Sequence[Adapter],
+    layer: nn.Module,
+    args: tuple[Any, ...],
+    output: Tensor,
+) -> Tensor:
+    return run(layer, place, adapters, args[0], output)
+
+
+def _attached(layer: nn.Module, place: AdapterPlace, adapters: Sequence[Adapter], x: Tensor, output: Tensor) -> Tensor:
+    """Return what the layer makes of `x` with the adapters on it, each as it computes in training."""
+    if isinstance(layer, nn.Embedding):  # no adapter computes there: it is changed by merging alone
+        return _merged(layer, place, adapters, x, output, dtype=torch.float32, types={})
+    for number, adapter in enumerate(adapters):
+        output = adapter(_changed(layer, place, adapters[:number], torch.float32, {}), x, output)
+    return output
+
+
+def _merged(
+    layer: nn.Module,
+    place: AdapterPlace,
+    adapters: Sequence[Adapter],
+    x: Tensor,
+    _: Tensor,
+    *,
+    dtype: torch.dtype,
+    types: Mapping[str, torch.dtype],
+) -> Tensor:
+    """Return what the layer makes of `x` with the changes in its weight and bias."""
+    return _changed(layer, place, adapters, dtype, types).forward(x)
+
+
+def _changed(
+    layer: nn.Module,
+    place: AdapterPlace,
+    adapters: Sequence[Adapter],
+    dtype: torch.dtype,
+    types: Mapping[str, torch.dtype],
+) -> nn.Module:
+    """Return a copy of the layer with all changes in its weight and bias, rounded to their types in the file."""
+    changed = copy.copy(layer)
+    changed._parameters = dict(layer._parameters)
+    for end, source in (("weight", place.source), ("bias", place.bias)):
+        if source is not None and adapters:
+            value = layer.get_parameter(end)
+            result = torch.empty_like(value, dtype=types.get(source.name, torch.float32))
+            _add(value, adapters, end, dtype, result)
+            changed._parameters[end] = nn.Parameter(result.float(), requires_grad=False)
+    return changed
 
 
 def _load(checkpoint: Checkpoint) -> LatentDiffusion:
@@ -268,10 +415,6 @@ def _results(model: LatentDiffusion) -> dict[str, Tensor]:
     x_t = torch.randn(1, model.latent_channels, 16, 16, generator=torch.Generator().manual_seed(0))
     step = model(x_t, torch.tensor([_TIMESTEP]), cond)
     return {"text encoding": torch.cat([part.flatten() for part in cond.values()]), "U-Net step": step}
-
-
-def _share(difference: Tensor, result: Tensor) -> float:
-    return float(difference.norm() / result.norm())
 
 
 def _shorten(items: Sequence[str]) -> str:

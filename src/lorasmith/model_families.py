@@ -55,7 +55,7 @@ def target_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
 
 
 def adapter_places(checkpoint: Checkpoint) -> tuple[str, dict[str, AdapterPlace], list[str]]:
-    """Return the family's name, where the layers that a LoRA may go on are in the file, by saved name, and notes.
+    """Return the family's name, where the layers that a file may change are in the model's, by saved name, and notes.
 
     Raises:
         UserError: not a base model of a supported family, or an incomplete one.

@@ -43,7 +43,11 @@ def weighted_loss(
     """Return sum(weight_i * loss_i) / count: this micro-batch's part of the mean over the whole step's samples."""
     x_0 = latents_of(model, batch)
     noise, t = batch.noise.to(x_0.device), batch.t.to(x_0.device)
-    x_t = model.schedule.add_noise(x_0, noise, t)
+    seen = noise
+    if batch.noise_draws is not None:
+        noise = batch.noise_draws.noise(noise, x_0)
+        seen = batch.noise_draws.input_noise(noise)
+    x_t = model.schedule.add_noise(x_0, seen, t)
     prediction = model(x_t, t, encode(batch.captions))
     mask = None if batch.mask is None else batch.mask.to(x_0.device)
     losses = objective.losses(model.schedule, prediction.float(), model.schedule.target(x_0, noise, t), t, mask)  # (B,)

@@ -42,6 +42,13 @@ CHANGING = [
     ["--timestep-density", "logit_normal", "--timestep-logit-mean", 2],
     ["--timestep-density", "logit_normal", "--timestep-logit-std", 3],
     ["--timestep-density", "cosmap"],
+    ["--noise-offset", 0.1],
+    ["--noise-offset", 0.1, "--noise-offset-random"],
+    ["--noise-offset", 0.1, "--noise-offset-adaptive", 0.5],
+    ["--pyramid-noise-levels", 4],
+    ["--pyramid-noise-levels", 4, "--pyramid-noise-discount", 0.8],
+    ["--input-perturbation", 0.1],
+    ["--input-perturbation", 0.1, "--input-perturbation-random"],
 ]
 
 
@@ -69,6 +76,8 @@ TOGETHER = [  # every option once
      "--timestep-logit-std", 2],
     ["--prediction", "v_prediction", "--scale-v-pred-loss", "--zero-terminal-snr", "--timestep-density", "cosmap",
      "--loss-type", "smooth_l1"],
+    ["--noise-offset", 0.1, "--noise-offset-random", "--noise-offset-adaptive", 0.5, "--pyramid-noise-levels", 4,
+     "--pyramid-noise-discount", 0.8, "--input-perturbation", 0.1, "--input-perturbation-random"],
 ]  # fmt: skip
 
 
@@ -105,6 +114,12 @@ def test_the_file_says_how_the_loss_was_made(place: Place) -> None:
     assert place.train(*QUICK, "--debiased-estimation").metadata["ss_debiased_estimation"] == "True"
     zero = place.train(*QUICK, "--prediction", "v_prediction", "--zero-terminal-snr").metadata
     assert zero["ss_zero_terminal_snr"] == "True" and plain["ss_zero_terminal_snr"] == "False"
+    noise = ["--noise-offset", 0.1, "--noise-offset-adaptive", 0.5, "--pyramid-noise-levels", 4]
+    noisy = place.train(*QUICK, *noise, "--noise-offset-random", "--input-perturbation", 0.1).metadata
+    assert (noisy["ss_noise_offset"], noisy["ss_adaptive_noise_scale"]) == ("0.1", "0.5")
+    assert (noisy["ss_noise_offset_random_strength"], noisy["ss_ip_noise_gamma"]) == ("True", "0.1")
+    assert (noisy["ss_multires_noise_iterations"], noisy["ss_multires_noise_discount"]) == ("4", "0.3")
+    assert plain["ss_noise_offset"] == plain["ss_multires_noise_iterations"] == plain["ss_ip_noise_gamma"] == "None"
     assert (plain["ss_loss_type"], plain["ss_min_snr_gamma"]) == ("l2", "None")
 
 
@@ -144,6 +159,9 @@ def mistake(place: Place, capsys: pytest.CaptureFixture[str], *options: object) 
         (["--zero-terminal-snr"], "zero_terminal_snr is for models that predict v (v_prediction)"),
         (["--scale-v-pred-loss"], "give --prediction v_prediction"),
         (["--prediction", "v_prediction", "--v-pred-like-loss", 0.1], "but this one predicts v (v_prediction)"),
+        (["--noise-offset-random"], "noise_offset_random changes noise_offset, which is missing"),
+        (["--pyramid-noise-discount", 0.5], "pyramid_noise_discount is for pyramid_noise_levels"),
+        (["--input-perturbation-random"], "input_perturbation_random is for input_perturbation"),
         (["--max-timestep", 1001], "--max-timestep 1001: expected a whole number above 0 and at most 1000"),
     ],
 )

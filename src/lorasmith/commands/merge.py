@@ -67,12 +67,13 @@ def _merge_into_model(cfg: MergeConfig, model: str, output: Path) -> int:
         check_space(output, size_of(checkpoint, types))
         for addition in additions:
             print(_told(addition))
+            notes += [f"{addition.file.path}: {note}" for note in addition.file.notes]
         change = merging.changing(places, additions, types, cfg.precision)
         notes += rewrite(checkpoint, output, types, change)
         for note in notes:
             print(f"note: {note}")
         print(f"{output}: {len(types)} of {len(checkpoint.names())} tensors changed, all others are as they were")
-        return _verify(checkpoint, output, places, additions, types) if cfg.verify else 0
+        return _verify(checkpoint, output, places, additions, types, cfg.precision) if cfg.verify else 0
 
 
 def _strengths(cfg: MergeConfig, checkpoint: Checkpoint) -> list[Strength]:
@@ -129,11 +130,15 @@ def _check_can_be_verified(checkpoint: Checkpoint) -> None:
 
 def _told(addition: Addition) -> str:
     counts = f"{len(addition.factors)} layers applied, {len(addition.ignored)} ignored, {len(addition.unknown)} unknown"
-    lines = [f"{addition.path}: {counts}"]
+    lines = [f"{addition.file.path}: {counts}"]
+    lines.append("  kinds of change: " + ", ".join(f"{count} {kind}" for kind, count in addition.kinds().most_common()))
     if addition.ignored:
         lines.append(f"  ignored, for their factor is 0: {_shorten(addition.ignored)}")
     if addition.unknown:
         lines.append(f"  unknown, for the model has no such layers: {_shorten(addition.unknown)}")
+    lines += [
+        f"  not merged: {count} tensors, {what}" for what, count in Counter(addition.file.extras.values()).most_common()
+    ]
     return "\n".join(lines)
 
 
@@ -143,20 +148,26 @@ def _verify(
     places: Mapping[str, AdapterPlace],
     additions: Sequence[Addition],
     types: Mapping[str, torch.dtype],
+    precision: str,
 ) -> int:
     with open_checkpoint(output) as merged:
-        found = merging.verify(checkpoint, merged, places, additions, types)
+        found = merging.verify(checkpoint, merged, places, additions, types, precision)
     for one in found:
         print(
-            f"verify: {one.name}: merged and attached differ by {one.merged:.2e} (at most {one.tolerance:g} is "
-            f"allowed); the LoRA changes it by {one.lora:.2e}"
+            f"verify: {one.name}: merged and attached differ by {one.total:.2e}; rounding makes {one.rounding:.2e}, "
+            f"which leaves {one.unexplained:.2e} unexplained (at most {one.limit:.0e} is allowed); the LoRA changes it "
+            f"by {one.lora:.2e}"
         )
+        if one.is_noise:
+            print(f"note: the LoRA changes the {one.name} so little that nothing can be told from it")
+        elif one.is_hidden:
+            print(
+                f"note: rounding hides a good part of what the LoRA does to the {one.name}; --save-precision float "
+                "keeps it"
+            )
     if all(one.is_same for one in found):
         return 0
-    print(
-        "verify: the results differ by more than rounding explains. Where the LoRA changes little, rounding to the "
-        "file's precision may hide it: try --save-precision float."
-    )
+    print("verify: the results differ by more than rounding explains: do not use the merged model, and report this.")
     return 1
 
 

@@ -31,6 +31,7 @@ from lorasmith.data.records import ImageRecord
 from lorasmith.data.subsets import Subset
 from lorasmith.errors import UserError
 from lorasmith.losses import mask_factors
+from lorasmith.noise import NoiseDraws, NoiseOptions
 from lorasmith.seeds import derive
 
 Item = TypeVar("Item")
@@ -49,7 +50,8 @@ class Batch:
 
     latents: (B, C, H/f, W/f), drawn from cached posteriors; else None. pixels: (B, 3, H, W) in [-1, 1]; else None.
     mask: (B, 1, H/f, W/f), what each place's error is multiplied by (`losses.mask_factors`); None: there are no masks.
-    posterior_noise, noise: (B, C, H/f, W/f), standard normal. t: (B,), what the model calls time.
+    posterior_noise, noise: (B, C, H/f, W/f), standard normal. t: (B,), what the model calls time. noise_draws: what
+    makes the noise another; None: nothing.
     weight: (B,), of each sample's loss; 0 for padding. count: samples of the whole global step, over all processes
     and micro-batches, without padding; the sum of weight * loss over all of them, divided by it, is the step's mean.
     """
@@ -63,6 +65,7 @@ class Batch:
     weight: Tensor
     count: int
     mask: Tensor | None = None
+    noise_draws: NoiseDraws | None = None
 
 
 class Dataset:
@@ -77,6 +80,7 @@ class Dataset:
             ones too where a subset flips; of other records pixels are given.
         prior_loss_weight: weight of regularization pictures.
         mask_background, mask_by_area: see `losses.mask_factors`.
+        noise: how noise differs from independent normal numbers; None: not at all.
     """
 
     def __init__(
@@ -94,12 +98,14 @@ class Dataset:
         prior_loss_weight: float = 1.0,
         mask_background: float = 0.0,
         mask_by_area: bool = True,
+        noise: NoiseOptions | None = None,
     ) -> None:
         self._plan, self._records, self._crops, self._subsets = plan, records, crops, subsets
         self._seed, self._sample_t, self._latents = seed, sample_t, latents
         self._latent_channels, self._latent_factor = latent_channels, latent_factor
         self._prior_loss_weight = prior_loss_weight
         self._mask_background, self._mask_by_area = mask_background, mask_by_area
+        self._noise = noise
         self._still_masks: dict[int, Tensor] = {}  # a memory only: of records whose latents are cached
 
     def batch(self, step: int, process_index: int) -> list[Batch]:
@@ -151,6 +157,14 @@ class Dataset:
             weight=torch.tensor([self._weight(*pair) for pair in zip(samples, micro_batch.is_padding, strict=True)]),
             count=count,
             mask=self._mask_factors(masks, (1, *shape[1:])),
+            noise_draws=self._draw_noise(step, samples, shape),
+        )
+
+    def _draw_noise(self, step: int, samples: Sequence[Sample], shape: tuple[int, int, int]) -> NoiseDraws | None:
+        if self._noise is None:
+            return None
+        return NoiseDraws.stack(
+            [self._noise.draw(shape, lambda purpose, s=s: self._generator(purpose, step, s)) for s in samples]
         )
 
     def _generator(self, purpose: str, step: int, sample: Sample) -> torch.Generator:

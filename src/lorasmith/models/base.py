@@ -48,16 +48,21 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class AdapterPlace:
-    """Where in a checkpoint the weight of a layer is that a LoRA may go on.
+    """Where in a checkpoint a layer is that a file of changes may change.
 
     Args:
+        source: of the layer's weight.
+        bias: of the layer's bias; None: it has none.
         shape: of the layer's weight.
         block: what people who weight blocks call the layer's.
+        is_target: a plain LoRA goes on it; the others are convolutions, norms, embeddings and the like.
     """
 
     source: Source
+    bias: Source | None
     shape: tuple[int, ...]
     block: str
+    is_target: bool
 
 
 class LatentDiffusion(nn.Module, ABC):
@@ -107,3 +112,7 @@ class LatentDiffusion(nn.Module, ABC):
     @abstractmethod
     def adapter_targets(self) -> dict[str, nn.Module]:
         """Return the layers that a LoRA may go on, by saved name."""
+
+    @abstractmethod
+    def adaptable_layers(self) -> dict[str, nn.Module]:
+        """Return every layer that a file may change, by saved name: the targets, convolutions, norms, embeddings."""

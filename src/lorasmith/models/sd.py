@@ -134,6 +134,12 @@ class StableDiffusion(LatentDiffusion):
         text = keys.text_targets(self.family)
         return {**unet, **{name: self.text_encoder.get_submodule(module) for name, module in text.items()}}
 
+    def adaptable_layers(self) -> dict[str, nn.Module]:
+        """Return every layer that a file may change, by saved name: the targets, convolutions, norms, embeddings."""
+        parts = {"unet": dict(self.denoiser.named_modules()), "text_encoder": dict(self.text_encoder.named_modules())}
+        found = {name: parts[part].get(module) for name, (part, module) in keys.layers().items()}
+        return {name: layer for name, layer in found.items() if layer is not None}
+
     @property
     def _vae_device(self) -> torch.device:
         return next(self.vae.parameters()).device
@@ -202,6 +208,10 @@ class _Details:
     vae_groups: int = 32
     text_heads: int | None = None
     resolution: tuple[int, int] | None = None
+
+    def by_component(self) -> dict[str, Table]:
+        """Return the tables of what adapters go on, by diffusers' names of the parts."""
+        return {"unet": self.unet, "text_encoder": self.text}
 
 
 @dataclass(frozen=True)
@@ -311,21 +321,23 @@ def target_shapes(checkpoint: Checkpoint) -> dict[str, Shape]:
 
 
 def adapter_places(checkpoint: Checkpoint) -> tuple[str, dict[str, AdapterPlace], list[str]]:
-    """Return the family, where the layers that a LoRA may go on are in the file, by saved name, and notes for the user.
+    """Return the family, where the layers that a file may change are in the model's, by saved name, and notes.
 
     Raises:
-        UserError: some of the layers are not in the file.
+        UserError: some of the layers that a LoRA may go on are not in the file.
     """
-    shapes_of_file, shapes = _shapes(checkpoint), target_shapes(checkpoint)
+    shapes_of_file, targets = _shapes(checkpoint), target_shapes(checkpoint)
     layout = _require_layout(shapes_of_file)
+    parts = {part: (table, _module_shapes(table, shapes_of_file)) for part, table in layout.by_component().items()}
     original = keys.ldm_unet()
     places: dict[str, AdapterPlace] = {}
-    for name, module in keys.unet_targets().items():
-        weight = f"{module}.weight"
-        block = sd_blocks.block_of(original[weight].name)
-        places[name] = AdapterPlace(layout.unet[weight], shapes[name], block)
-    for name, module in keys.text_targets(layout.family).items():
-        places[name] = AdapterPlace(layout.text[f"{module}.weight"], shapes[name], sd_blocks.BASE)
+    for name, (part, module) in keys.layers().items():
+        table, shapes = parts[part]
+        weight, bias = f"{module}.weight", f"{module}.bias"
+        if weight in shapes:
+            block = sd_blocks.block_of(original[weight].name) if part == "unet" else sd_blocks.BASE
+            source = table[bias] if bias in shapes else None
+            places[name] = AdapterPlace(table[weight], source, shapes[weight], block, name in targets)
     is_average_used = layout.unet[_CONTEXT].name.startswith(keys.EMA)
     has_both = not is_average_used and any(name.startswith(keys.EMA) for name in shapes_of_file)
     notes = ["the moving average (EMA) that the model holds beside its weights is left as it is."] if has_both else []

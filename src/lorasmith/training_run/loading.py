@@ -12,7 +12,7 @@ from lorasmith.models.base import LatentDiffusion
 from lorasmith.network import Network, match
 from lorasmith.processes import Processes
 from lorasmith.training_run.encoding import posteriors
-from lorasmith.training_run.objective import timesteps_of
+from lorasmith.training_run.objective import noise_of, timesteps_of
 from lorasmith.training_run.preparation import Preparation, network_rules
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -61,4 +61,5 @@ def build_dataset(
         prior_loss_weight=cfg.data.prior_loss_weight,
         mask_background=cfg.data.mask_background,
         mask_by_area=cfg.data.mask_loss == "area",
+        noise=noise_of(cfg.loss),
     )

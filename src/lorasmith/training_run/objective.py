@@ -4,6 +4,7 @@ from lorasmith.config import LossSection, TrainConfig
 from lorasmith.diffusion import Prediction, Timesteps
 from lorasmith.errors import UserError
 from lorasmith.losses import Objective
+from lorasmith.noise import NoiseOptions
 
 
 def objective_of(loss: LossSection) -> Objective:
@@ -23,6 +24,20 @@ def timesteps_of(loss: LossSection) -> Timesteps:
     return Timesteps(
         loss.min_timestep, loss.max_timestep, loss.timestep_density, loss.timestep_logit_mean, loss.timestep_logit_std
     )
+
+
+def noise_of(loss: LossSection) -> NoiseOptions | None:
+    """Return how noise differs from independent normal numbers; None: not at all."""
+    options = NoiseOptions(
+        offset=loss.noise_offset or 0.0,
+        has_random_offset=loss.noise_offset_random,
+        offset_by_mean=loss.noise_offset_adaptive or 0.0,
+        pyramid_levels=loss.pyramid_noise_levels or 0,
+        pyramid_discount=loss.pyramid_noise_discount,
+        perturbation=loss.input_perturbation or 0.0,
+        has_random_perturbation=loss.input_perturbation_random,
+    )
+    return options if options.offset or options.pyramid_levels or options.perturbation else None
 
 
 def check_prediction(loss: LossSection, prediction: Prediction) -> None:

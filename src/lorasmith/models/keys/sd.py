@@ -368,6 +368,12 @@ def adapter_modules() -> dict[str, str]:
     }
 
 
+def layers() -> dict[str, tuple[str, str]]:
+    """Return saved name -> (component, module in it) for all that a file may change; a model need not have them all."""
+    split = ((name, *module.split(".", 1)) for name, module in adapter_modules().items())
+    return {name: (component, module.removeprefix("text_model.")) for name, component, module in split}
+
+
 def ldm_adapter_names() -> dict[str, str]:
     """Return the U-Net's saved names as made of LDM's names -> as made of diffusers'."""
     return {
