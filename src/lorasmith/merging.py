@@ -227,13 +227,11 @@ def _add(value: Tensor, adapters: Sequence[Adapter], end: str, dtype: torch.dtyp
         adapters = [adapter for adapter in adapters if adapter.delta_bias(value) is not None]
     if not adapters:
         result.copy_(value)
+    sums = torch.empty_like(value, dtype=dtype) if len(adapters) > 1 else result
     for number, adapter in enumerate(adapters, start=1):
         delta = adapter.delta(value) if end == "weight" else adapter.delta_bias(value)
         assert delta is not None, "only those that change it are left"
-        if number == len(adapters):
-            total = result
-        else:
-            total = torch.empty_like(value, dtype=dtype) if number == 1 else value
+        total = result if number == len(adapters) else sums
         for start in range(0, len(value), _ROWS):  # in pieces, so that no second copy of it is in memory
             rows = slice(start, start + _ROWS)
             total[rows] = value[rows].to(dtype) + (adapter.multiplier * delta[rows]).to(dtype)

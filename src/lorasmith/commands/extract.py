@@ -96,7 +96,7 @@ def _check_models(tuned: Checkpoint, base: Checkpoint) -> tuple[Places, Places]:
             f"--tuned {tuned.path} and --base {base.path} have {len(wrong)} of {len(old)} layers of different "
             f"shapes ({shown}). {again}"
         )
-    return changed, old
+    return changed, {name: place for name, place in old.items() if place.is_target}
 
 
 def _extract(
