@@ -172,6 +172,10 @@ class NetworkSection(Section):
     """What is trained: the adapter and where it is attached."""
 
     adapter: str = Field(default="lora", description="Adapter type: a name from lorasmith.adapters or a dotted module.")
+    adapter_options: list[str] = Field(
+        default_factory=list,
+        description="The adapter type's own options, as `option=value`, e.g. factor=8 for lokr (docs/adapters.md).",
+    )
     rank: PositiveInt = Field(default=4, description="Rank of the LoRA: more can express more and costs memory.")
     alpha: Rate | None = Field(
         default=None, description="The update is scaled by alpha / rank; left out, alpha = rank, which is scale 1."
@@ -923,6 +927,9 @@ class CaptionsConfig(Section):
     input: Place | None = Field(
         default=None, description="Metadata file to begin with, JSON or JSONL: its entries are kept and updated."
     )
+    read: Literal["both", "captions", "tags"] = Field(
+        default="both", description="Which text files are read: those of captions, those of tags, or both."
+    )
     caption_extension: str | None = Field(
         default=None, description="Extension of caption files; left out, .caption, unless that is the tag_extension."
     )
@@ -972,7 +979,9 @@ class CaptionConfig(Section):
     """Write a caption beside each picture, by a model that describes it."""
 
     folder: Place | None = Field(
-        default=None, description="Folder of pictures.", json_schema_extra={"positional": "DIR"}
+        default=None,
+        description="Folder of pictures; left out with input, the entries of that file alone are cleaned.",
+        json_schema_extra={"positional": "DIR"},
     )
     captioner: str = Field(
         default="blip", description="What describes: blip, vision-language, or a module of your own by its dotted name."
@@ -1023,6 +1032,17 @@ class CaptionConfig(Section):
             raise ValueError("beams look for the likeliest caption, top_p draws one; leave out one of them")
         if self.min_length > self.max_length:
             raise ValueError(f"min_length = {self.min_length} is above max_length = {self.max_length}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "CaptionsConfig":
+        of_files = ("read", "caption_extension", "tag_extension", "recursive", "full_path", "write_files")
+        given = [name for name in of_files if _is_changed(self, name)]
+        if self.folder is None and self.input is not None and given:
+            raise ValueError(f"{' and '.join(given)} can do nothing without DIR; give the folder, or leave this out")
+        for kind, other in (("captions", "tag_extension"), ("tags", "caption_extension")):
+            if self.read == kind and _is_changed(self, other):
+                raise ValueError(f"{other} can do nothing where only {kind} are read; leave out one of them")
         return self
 
 
@@ -1284,7 +1304,9 @@ class ConvertConfig(Section):
         "checkpoint or diffusers.",
         json_schema_extra={"positional": "LORA"},
     )
-    to: Literal["kohya", "diffusers", "peft", "cloneofsimo", "d8ahazard", "ldm", "checkpoint"] = Field(
+    to: Literal[
+        "kohya", "diffusers", "peft", "cloneofsimo", "cloneofsimo-new", "d8ahazard", "ldm", "lycoris", "checkpoint"
+    ] = Field(
         default="kohya",
         description="Whose form to write; kohya is what UIs read, and mends names too. Base models: checkpoint is one "
         "file, diffusers a folder.",

@@ -140,8 +140,11 @@ def test_lycoris_reads_what_is_made_here(case: str, kind: str) -> None:
     name, given, _, _ = CASES[case]
     layer, theirs, x = make_theirs(case, kind)
     options = {key: value for key, value in given.items() if key not in ("lora_dim", "alpha", "constraint")}
+    options = {
+        {"weight_decompose": "dora_wd", "wd_on_out": "wd_on_output"}.get(key, key): options[key] for key in options
+    }
     if "dora" in case:
-        options.pop("weight_decompose")
+        options.pop("dora_wd")
     alpha = given.get("alpha", given.get("constraint"))
     kinds = type(read(layer, saved(theirs)))
     mine = kinds(tuple(layer.weight.shape), given.get("lora_dim", 4), alpha, **options)

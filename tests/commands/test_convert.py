@@ -48,6 +48,9 @@ def folded(layers: writers.Layers) -> dict[str, Tensor]:
     ("ldm", "b.safetensors", LAYERS, False),
     ("ldm", "b.ckpt", LAYERS, False),
     ("peft", "b", LAYERS, False),
+    ("lycoris", "b.safetensors", LAYERS, False),
+    ("cloneofsimo-new", "b.pt", FIRST, True),
+    ("cloneofsimo-new", "b.safetensors", FIRST, True),
     ("diffusers", "b.safetensors", LAYERS, True),
     ("d8ahazard", "b.safetensors", LAYERS, True),
     ("d8ahazard", "b.pt", FIRST, True),
@@ -71,6 +74,23 @@ def test_there_and_back(
     if Path(output).suffix == ".safetensors":
         with safetensors.safe_open(tmp_path / "back.safetensors", "pt") as file:
             assert HEADER.keys() <= file.metadata().keys() and file.metadata()["ss_output_name"] == "ünï"
+
+
+def test_the_forms_are_those_of_the_golden_files(tmp_path: Path) -> None:
+    """Made by hand in tests/formats/writers.py, and written by the command, they are the same."""
+    layers = {name: {tail: t for tail, t in own.items() if tail != "alpha"} for name, own in LAYERS.items()}
+    made = writers.kohya(tmp_path / "a.safetensors", layers)
+    for to, is_new in (("cloneofsimo", False), ("cloneofsimo-new", True)):
+        assert main(["convert", str(made), "--to", to, "--output", str(tmp_path / f"{to}.pt")]) == 1
+        writers.cloneofsimo_list(tmp_path / f"{to}-golden.pt", layers, "unet", new_order=is_new)
+        written, golden = (torch.load(tmp_path / f"{to}{end}.pt", weights_only=True) for end in ("", "-golden"))
+        assert len(written) == len(golden) == 288
+        assert all(torch.equal(one, other) for one, other in zip(written, golden, strict=True))
+    golden = load(writers.renamed(tmp_path / "c.safetensors", LAYERS, "^lora_(unet|te)_", "lycoris_"))
+    writers.kohya(made, LAYERS)
+    assert main(["convert", str(made), "--to", "lycoris", "--output", str(tmp_path / "d.safetensors")]) == 0
+    written = load(tmp_path / "d.safetensors")
+    assert written.keys() == golden.keys() and all(torch.equal(written[name], golden[name]) for name in golden)
 
 
 def test_the_header_is_kept_and_the_hashes_are_made_anew(tmp_path: Path, lora: Path) -> None:

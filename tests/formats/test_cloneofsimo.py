@@ -10,10 +10,11 @@ from lorasmith.formats import cloneofsimo
 from tests.formats import writers
 
 
-def test_the_order_is_the_one_of_published_files() -> None:
+@pytest.mark.parametrize("is_old", [True, False])
+def test_the_order_is_the_one_of_published_files_or_of_later_ones(is_old: bool) -> None:
     layers = [f"lora_{part}" for part in ("unet_x", "te_x")]
-    assert cloneofsimo.place_of(layers) == {
-        part: writers.first_programs_names(part) for part in ("unet", "text_encoder")
+    assert cloneofsimo.place_of(layers, is_old_order=is_old) == {
+        part: writers.first_programs_names(part, new_order=not is_old) for part in ("unet", "text_encoder")
     }
 
 

@@ -17,10 +17,10 @@ _NO_MULTIPLE = (
 )
 
 
-def new_scale(layer_shape: Sequence[int], *, wd_on_out: bool) -> nn.Parameter:
+def new_scale(layer_shape: Sequence[int], *, wd_on_output: bool) -> nn.Parameter:
     """Return an m of the right shape, still zero."""
     num_out, num_in, kernel = split_shape(layer_shape)
-    return zeros(*((num_out, 1) if wd_on_out else (1, num_in)), *(1 for _ in kernel))
+    return zeros(*((num_out, 1) if wd_on_output else (1, num_in)), *(1 for _ in kernel))
 
 
 def reset_scale(dora_scale: nn.Parameter, weight: Tensor) -> None:

@@ -22,6 +22,7 @@ class Rotation(Adapter):
 
     required_names = frozenset({"oft_blocks"})
     optional_names = frozenset({"alpha", "rescale"})
+    alpha_means = "constraint"
 
     blocks: ClassVar[str]  # the shape of `oft_blocks`, for messages
 

@@ -5,13 +5,18 @@ b + multiplier * delta_bias(b) for the few types that change a layer's bias too.
 class as `ADAPTER`; `lorasmith.network` finds it by the module's name.
 """
 
+import difflib
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, cast
+from contextlib import suppress
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lorasmith.errors import UserError
 
 
 class Adapter(nn.Module, ABC):
@@ -23,11 +28,38 @@ class Adapter(nn.Module, ABC):
     required_names: ClassVar[frozenset[str]]  # tensors that a file has for every layer adapted in this way
     optional_names: ClassVar[frozenset[str]] = frozenset()
 
+    alpha_means: ClassVar[Literal["scale", "constraint", "nothing"]] = (
+        "scale"  # by alpha / rank; "nothing": no rank either
+    )
+    lycoris_args: ClassVar[str] = ""  # by which LyCORIS knows the type in a file's metadata, as `key=value key=value`
+
     multiplier: float = 1.0  # strength at which the change is applied; not saved
 
     def __init__(self, layer_shape: Sequence[int], rank: int, alpha: float | None = None, **options: Any) -> None:
         """Build for a layer whose weight has `layer_shape`; `alpha` None means alpha = rank."""
         super().__init__()
+
+    @classmethod
+    def parse_options(cls, words: Sequence[str]) -> dict[str, Any]:
+        """Return the constructor's own options (keyword-only: bool, int or float) from words like `factor=8`.
+
+        Raises:
+            UserError: a word is none, or given twice; lists the options, or suggests the nearest.
+        """
+        parameters = inspect.signature(cls.__init__).parameters.values()
+        known = {option.name: option for option in parameters if option.kind is option.KEYWORD_ONLY}
+        options: dict[str, Any] = {}
+        for word in words:
+            key, equals, value = word.partition("=")
+            if not equals or key not in known:
+                near = difflib.get_close_matches(key, known, n=1) if equals else []
+                there = ", ".join(f"{name}={option.default}" for name, option in known.items()) or "no options"
+                hint = f"did you mean {near[0]}=...?" if near else f"{cls.__name__} has {there}."
+                raise UserError(f"--adapter-options {word!r}: expected is option=value; {hint}")
+            if key in options:
+                raise UserError(f"--adapter-options gives {key} twice; leave one out.")
+            options[key] = _parse_value(word, value, known[key].annotation)
+        return options
 
     @classmethod
     def matches(cls, tensors: Mapping[str, Tensor]) -> bool:
@@ -89,6 +121,16 @@ class Adapter(nn.Module, ABC):
             delta_bias = self.multiplier * delta_bias
             bias = (delta_bias if bias is None else bias.float() + delta_bias).to(weight.dtype)
         return apply_weight(layer, changed, bias, x)
+
+
+def _parse_value(word: str, value: str, wanted: type) -> bool | int | float:
+    if wanted is bool and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    with suppress(ValueError):
+        if wanted in (int, float):
+            return wanted(value)
+    expected = {bool: "true or false", int: "a whole number", float: "a number"}
+    raise UserError(f"--adapter-options {word!r}: expected is {expected[wanted]}.")
 
 
 def apply_weight(layer: nn.Module, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:

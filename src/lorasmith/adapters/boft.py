@@ -21,6 +21,7 @@ class BOFT(Rotation):
     """
 
     blocks = "stages x number x size x size"
+    lycoris_args = "algo=boft"
 
     @classmethod
     def matches(cls, tensors: Mapping[str, Tensor]) -> bool:

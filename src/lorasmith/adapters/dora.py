@@ -19,6 +19,7 @@ class DoRA(LoRA):
     """A LoRA with `dora_scale`, the magnitude of each output's weights (or each input's)."""
 
     required_names = LoRA.required_names | {"dora_scale"}
+    lycoris_args = "algo=lora dora_wd=True"
 
     def __init__(
         self,
@@ -27,11 +28,11 @@ class DoRA(LoRA):
         alpha: float | None = None,
         *,
         use_tucker: bool = False,
-        wd_on_out: bool = True,
+        wd_on_output: bool = True,
     ) -> None:
-        """Build for a layer; `wd_on_out=False` has a magnitude for each input instead of each output."""
+        """Build for a layer; `wd_on_output=False` has a magnitude for each input instead of each output."""
         super().__init__(layer_shape, rank, alpha, use_tucker=use_tucker)
-        self.dora_scale = new_scale(layer_shape, wd_on_out=wd_on_out)
+        self.dora_scale = new_scale(layer_shape, wd_on_output=wd_on_output)
 
     @classmethod
     def from_tensors(cls, layer_shape: Sequence[int], tensors: Mapping[str, Tensor]) -> "DoRA":
@@ -42,7 +43,7 @@ class DoRA(LoRA):
         """
         rank, has_mid = check_factors(layer_shape, tensors)
         tensors, on_out = fit_scale(layer_shape, with_alpha(tensors, rank))
-        return build(lambda: cls(layer_shape, rank, use_tucker=has_mid, wd_on_out=on_out), layer_shape, tensors)
+        return build(lambda: cls(layer_shape, rank, use_tucker=has_mid, wd_on_output=on_out), layer_shape, tensors)
 
     def reset(self, weight: Tensor, generator: torch.Generator) -> None:
         """Start as a LoRA does, with the magnitudes of the weight itself."""

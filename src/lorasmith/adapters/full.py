@@ -19,6 +19,8 @@ class Full(Adapter):
 
     required_names = frozenset()
     optional_names = frozenset({"diff", "diff_b", "alpha"})
+    alpha_means = "nothing"
+    lycoris_args = "algo=full"
 
     def __init__(self, layer_shape: Sequence[int], rank: int, alpha: float | None = None) -> None:
         """Build for a layer; rank and alpha mean nothing."""

@@ -21,6 +21,7 @@ class GLoRA(Adapter):
 
     required_names = frozenset({"a1.weight", "a2.weight", "b1.weight", "b2.weight"})
     optional_names = frozenset({"alpha"})
+    lycoris_args = "algo=glora"
 
     def __init__(self, layer_shape: Sequence[int], rank: int, alpha: float | None = None) -> None:
         super().__init__(layer_shape, rank, alpha)

@@ -18,6 +18,8 @@ class IA3(Adapter):
 
     required_names = frozenset({"weight", "on_input"})
     optional_names = frozenset({"alpha"})
+    alpha_means = "nothing"
+    lycoris_args = "algo=ia3"
 
     def __init__(
         self, layer_shape: Sequence[int], rank: int, alpha: float | None = None, *, train_on_input: bool = False

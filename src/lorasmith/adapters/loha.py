@@ -21,6 +21,7 @@ class LoHa(Adapter):
 
     required_names = frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"})
     optional_names = frozenset({"alpha", "dora_scale", "hada_t1", "hada_t2"})
+    lycoris_args = "algo=loha"
 
     def __init__(
         self,
@@ -29,14 +30,14 @@ class LoHa(Adapter):
         alpha: float | None = None,
         *,
         use_tucker: bool = False,
-        weight_decompose: bool = False,
-        wd_on_out: bool = True,
+        dora_wd: bool = False,
+        wd_on_output: bool = True,
     ) -> None:
         """Build for a layer.
 
         Args:
             use_tucker: give convolutions with a kernel above 1 x 1 the Tucker form.
-            weight_decompose: train magnitudes as DoRA does; `wd_on_out=False`: of the inputs instead of the outputs.
+            dora_wd: train magnitudes as DoRA does; `wd_on_output=False`: of the inputs instead of the outputs.
         """
         super().__init__(layer_shape, rank, alpha)
         num_out, num_in, kernel = split_shape(layer_shape)
@@ -48,7 +49,7 @@ class LoHa(Adapter):
         self.hada_w1_a, self.hada_w1_b, self.hada_w2_a, self.hada_w2_b = zeros(*a), zeros(*b), zeros(*a), zeros(*b)
         self.hada_t1 = zeros(rank, rank, *kernel) if has_kernel else None
         self.hada_t2 = zeros(rank, rank, *kernel) if has_kernel else None
-        self.dora_scale = new_scale(layer_shape, wd_on_out=wd_on_out) if weight_decompose else None
+        self.dora_scale = new_scale(layer_shape, wd_on_output=wd_on_output) if dora_wd else None
         self.alpha: Tensor
         self.register_buffer("alpha", torch.tensor(float(rank if alpha is None else alpha)))
 
@@ -65,7 +66,7 @@ class LoHa(Adapter):
         if is_decomposed:
             tensors, on_out = fit_scale(layer_shape, tensors)
         return build(
-            lambda: cls(layer_shape, rank, use_tucker=has_kernel, weight_decompose=is_decomposed, wd_on_out=on_out),
+            lambda: cls(layer_shape, rank, use_tucker=has_kernel, dora_wd=is_decomposed, wd_on_output=on_out),
             layer_shape,
             tensors,
         )

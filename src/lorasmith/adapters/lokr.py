@@ -28,6 +28,7 @@ class LoKr(Adapter):
 
     required_names = frozenset()
     optional_names = frozenset({"alpha", "dora_scale"} | _W1_NAMES | _W2_NAMES)
+    lycoris_args = "algo=lokr"
 
     lokr_w1: nn.Parameter | None
     lokr_w1_a: nn.Parameter
@@ -48,8 +49,8 @@ class LoKr(Adapter):
         full_matrix: bool = False,
         unbalanced_factorization: bool = False,
         use_tucker: bool = False,
-        weight_decompose: bool = False,
-        wd_on_out: bool = True,
+        dora_wd: bool = False,
+        wd_on_output: bool = True,
     ) -> None:
         """Build for a layer. `rank` is that of w2's factors; from half of w2's larger side on, w2 is whole.
 
@@ -60,7 +61,7 @@ class LoKr(Adapter):
             full_matrix: neither is a product, whatever the rank.
             unbalanced_factorization: w1 has the larger part of the outputs.
             use_tucker: w2 of a convolution with a kernel above 1 x 1 has `lokr_t2`.
-            weight_decompose: train magnitudes as DoRA does; `wd_on_out=False`: of the inputs instead of the outputs.
+            dora_wd: train magnitudes as DoRA does; `wd_on_output=False`: of the inputs instead of the outputs.
         """
         super().__init__(layer_shape, rank, alpha)
         num_out, num_in, kernel = split_shape(layer_shape)
@@ -75,7 +76,7 @@ class LoKr(Adapter):
             _shapes_1(out_1, in_1, rank if is_product_1 else None)
             | _shapes_2(out_2, in_2, kernel, rank if is_product_2 else None, has_kernel=has_kernel),
         )
-        self.dora_scale = new_scale(layer_shape, wd_on_out=wd_on_out) if weight_decompose else None
+        self.dora_scale = new_scale(layer_shape, wd_on_output=wd_on_output) if dora_wd else None
         self.alpha: Tensor
         self.register_buffer("alpha", torch.tensor(float(rank if alpha is None or self._is_whole() else alpha)))
 
@@ -120,7 +121,7 @@ class LoKr(Adapter):
         shapes |= _shapes_2(out_2, in_2, kernel, rank_2, has_kernel=has_kernel)
 
         def make() -> LoKr:
-            adapter = cls(layer_shape, 1, full_matrix=True, weight_decompose=is_decomposed, wd_on_out=on_out)
+            adapter = cls(layer_shape, 1, full_matrix=True, dora_wd=is_decomposed, wd_on_output=on_out)
             adapter._hold(rank, shapes)
             return adapter
 

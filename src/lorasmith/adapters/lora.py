@@ -21,6 +21,7 @@ class LoRA(Adapter):
 
     required_names = frozenset({"lora_down.weight", "lora_up.weight"})
     optional_names = frozenset({"alpha", "lora_mid.weight"})
+    lycoris_args = "algo=lora"
 
     def __init__(
         self, layer_shape: Sequence[int], rank: int, alpha: float | None = None, *, use_tucker: bool = False

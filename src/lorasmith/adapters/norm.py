@@ -18,6 +18,8 @@ class Norm(Adapter):
 
     required_names = frozenset()
     optional_names = frozenset({"w_norm", "b_norm", "alpha"})
+    alpha_means = "nothing"
+    lycoris_args = "train_norm=True"
 
     def __init__(self, layer_shape: Sequence[int], rank: int, alpha: float | None = None) -> None:
         """Build for a norm layer; rank and alpha mean nothing.

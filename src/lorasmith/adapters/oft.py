@@ -22,6 +22,7 @@ class OFT(Rotation):
     """
 
     blocks = "number x size x size"
+    lycoris_args = "algo=diag-oft"
 
     @classmethod
     def matches(cls, tensors: Mapping[str, Tensor]) -> bool:

@@ -114,12 +114,16 @@ def layers(path: Path, part: str, own: Sequence[Pair]) -> list[str]:
     return keys.first_lora_layers(is_old_order=fits == [_OLD_PLACE])
 
 
-def place_of(names: Sequence[str]) -> dict[str, list[str]]:
-    """Return by component the layers that a file needs for these layers, in the order of published files."""
+def place_of(names: Sequence[str], *, is_old_order: bool) -> dict[str, list[str]]:
+    """Return by component the layers that a file needs for these layers, in their order.
+
+    Args:
+        is_old_order: of published files, from diffusers of 2022; else that of later ones.
+    """
     text = [name for name in names if name.startswith("lora_te_")]
     parts = {}
     if len(text) < len(names):
-        parts["unet"] = keys.first_lora_layers(is_old_order=True)
+        parts["unet"] = keys.first_lora_layers(is_old_order=is_old_order)
     if text:
         is_deep = any("_layers_12_" in name for name in text)
         parts["text_encoder"] = keys.first_lora_text_layers("sd2" if is_deep else "sd1")

@@ -4,9 +4,11 @@ Nothing here decides in silence: a `Conversion` counts what was changed and name
 written is read back and compared.
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -102,6 +104,10 @@ def prepare(lora: AnyLora, to: str, suffix: str, precision: str | None) -> Conve
 
 _NO_HEADER = "this kind of file has no place for metadata: what was trained, and how, is not in it"
 _NOTES = {
+    "lycoris": (
+        "SimpleTuner's names are of the U-Net; no program is known that looks for a text encoder's among them",
+    ),
+    "cloneofsimo-new": ("for cloneofsimo's program with diffusers of 2023 and later; older ones have another order",),
     "diffusers": ("for diffusers and what is built on it; ComfyUI and A1111 read --to kohya",),
     "peft": ("the text encoder is named as transformers 5.6 and later has it",),
 }
@@ -133,10 +139,10 @@ def _with_place(lora: AnyLora, to: str, suffix: str, layers: Layers) -> tuple[La
     Raises:
         UserError: a list has places for layers that are not there.
     """
-    is_list = to == "cloneofsimo" or (suffix == ".pt" and to == "d8ahazard")
+    is_list = to in _LISTS and (suffix == ".pt" or to != "d8ahazard")
     places = keys.adapter_modules().keys() if to in _NAMED else layers.keys()
     if is_list:
-        wanted = [name for names in cloneofsimo.place_of(list(layers)).values() for name in names]
+        wanted = [name for names in cloneofsimo.place_of(list(layers), is_old_order=True).values() for name in names]
         if missing := [name for name in wanted if name not in layers]:
             raise UserError(
                 f"{lora.path}: a list as {to} has it needs all of {len(wanted)} layers, and {len(missing)} are not in "
@@ -148,7 +154,13 @@ def _with_place(lora: AnyLora, to: str, suffix: str, layers: Layers) -> tuple[La
     return found, {layer: reason for layer in layers if layer not in found}
 
 
-_NAMED = {"diffusers", "peft", "ldm"}
+_NAMED = {"diffusers", "peft", "ldm", "lycoris"}
+# Target -> whose name for the text encoder's list, and whether the feed-forward layer stands between the attentions.
+_LISTS = {
+    "cloneofsimo": ("cloneofsimo", True),
+    "cloneofsimo-new": ("cloneofsimo", False),
+    "d8ahazard": ("d8ahazard", True),
+}
 
 
 def _natively_shaped(layer: str, own: dict[str, Tensor], family: str) -> tuple[dict[str, Tensor], bool]:
@@ -211,7 +223,7 @@ def outputs(path: Path, to: str) -> list[Path]:
     """Return every file that is a part of the output, or would be taken for one."""
     if to == "peft":
         return [path / part / name for part in ("", *peft.PARTS) for name in (peft.WEIGHTS, peft.CONFIG)]
-    if path.suffix == ".pt" and to in cloneofsimo.SIDECARS:
+    if path.suffix == ".pt" and to in _LISTS:
         return [path, *(cloneofsimo.sidecar(path, program) for program in cloneofsimo.SIDECARS)]
     return [path]
 
@@ -278,6 +290,11 @@ def _write_ldm(path: Path, conversion: Conversion) -> None:
     _write_named(path, conversion, {ours: theirs for theirs, ours in keys.ldm_adapter_names().items()}, {})
 
 
+def _write_lycoris(path: Path, conversion: Conversion) -> None:
+    names = {layer: re.sub("^lora_(unet|te)_", "lycoris_", layer) for layer in conversion.layers}
+    _write_named(path, conversion, names, {})
+
+
 def _write_diffusers(path: Path, conversion: Conversion) -> None:
     modules = keys.adapter_modules()
     tensors = {
@@ -314,13 +331,9 @@ def _write_peft(path: Path, conversion: Conversion) -> None:
         )
 
 
-def _write_cloneofsimo(path: Path, conversion: Conversion) -> None:
-    _write_pairs(path, conversion, "cloneofsimo")
-
-
 def _write_d8ahazard(path: Path, conversion: Conversion) -> None:
     if path.suffix == ".pt":
-        _write_pairs(path, conversion, "d8ahazard")
+        _write_pairs("d8ahazard", path, conversion)
         return
     ranks = {
         part: max(
@@ -336,10 +349,12 @@ def _write_d8ahazard(path: Path, conversion: Conversion) -> None:
     _write_named(path, conversion, {}, header)
 
 
-def _write_pairs(path: Path, conversion: Conversion, program: str) -> None:
+def _write_pairs(to: str, path: Path, conversion: Conversion) -> None:
+    program, is_old_order = _LISTS[to]
+    places = cloneofsimo.place_of(list(conversion.layers), is_old_order=is_old_order)
     parts = {
         part: [(conversion.layers[n]["lora_up.weight"], conversion.layers[n]["lora_down.weight"]) for n in names]
-        for part, names in cloneofsimo.place_of(list(conversion.layers)).items()
+        for part, names in places.items()
     }
     if path.suffix == ".safetensors":
         tensors, header = cloneofsimo.numbered(parts)
@@ -355,6 +370,8 @@ TARGETS = {
     "ldm": Target(_SINGLE, True, True, _write_ldm),
     "diffusers": Target((".safetensors",), False, False, _write_diffusers),
     "peft": Target(("",), False, True, _write_peft),
-    "cloneofsimo": Target((".pt", ".safetensors"), False, False, _write_cloneofsimo),
+    "lycoris": Target((".safetensors",), True, True, _write_lycoris),
+    "cloneofsimo": Target((".pt", ".safetensors"), False, False, partial(_write_pairs, "cloneofsimo")),
+    "cloneofsimo-new": Target((".pt", ".safetensors"), False, False, partial(_write_pairs, "cloneofsimo-new")),
     "d8ahazard": Target((".pt", ".safetensors"), False, False, _write_d8ahazard),
 }

@@ -9,12 +9,14 @@ from typing import Any
 
 import lorasmith
 from lorasmith import metadata, model_families
+from lorasmith.adapters.lora import LoRA
 from lorasmith.command_line import quoted
 from lorasmith.config import TrainConfig
 from lorasmith.data import captions, dataset_metadata
 from lorasmith.data.plan import Plan
 from lorasmith.data.records import ImageRecord
 from lorasmith.data.subsets import Subset
+from lorasmith.network import adapter_class
 from lorasmith.output_folder import OutputFolder
 from lorasmith.training_run.preparation import Preparation
 
@@ -45,6 +47,7 @@ def file_metadata(cfg: TrainConfig, ready: Preparation, step: int, started_at: f
         "max_token_length": data.max_token_length if data.max_token_length > 75 else None,
         "network_dim": ready.rank,
         "network_alpha": ready.alpha,
+        **_network_module(cfg),
         "output_name": name,
         "learning_rate": optimizer.learning_rate,
         "unet_lr": optimizer.unet_lr,
@@ -126,6 +129,22 @@ def file_metadata(cfg: TrainConfig, ready: Preparation, step: int, started_at: f
         values |= dataset_metadata.describe(ready.datasets, ready.records, plan, shares_captions=save.share_captions)
     full = metadata.training(values)
     return {**(full if save.metadata == "full" else metadata.minimal(full)), **spec}
+
+
+def _network_module(cfg: TrainConfig) -> dict[str, Any]:
+    """Return what trains such a network elsewhere: sd-scripts, LyCORIS with these arguments, or nothing known."""
+    network = cfg.network
+    kind = adapter_class(network.adapter)
+    if kind is LoRA and not network.adapter_options:
+        return {}
+    if not kind.lycoris_args:
+        return {"network_module": network.adapter}
+    options = kind.parse_options(network.adapter_options)
+    args = dict(word.split("=") for word in kind.lycoris_args.split())
+    args |= {option: str(value) for option, value in options.items()}
+    if kind.alpha_means == "constraint" and network.alpha:
+        args["constraint"] = str(network.alpha)
+    return {"network_module": "lycoris.kohya", "network_args": args}
 
 
 def _folders(records: list[ImageRecord]) -> dict[str, dict[str, int]]:

@@ -13,7 +13,7 @@ from lorasmith.caching import Encoded, caption_name, count_cached
 from lorasmith.config import TrainConfig
 from lorasmith.data.subsets import DatasetRules
 from lorasmith.memory import estimate_training_memory, vae_home
-from lorasmith.network import part_of
+from lorasmith.network import adapter_class, match, part_of
 from lorasmith.plan_page import (
     caption_lines,
     caption_rule_lines,
@@ -29,7 +29,7 @@ from lorasmith.progress import memory_free
 from lorasmith.training_run.encoding import kept_captions, makers_of, trains_text_encoder, wanted_latents
 from lorasmith.training_run.loading import DTYPES
 from lorasmith.training_run.objective import objective_line
-from lorasmith.training_run.preparation import Preparation, one_or_each, output_folder
+from lorasmith.training_run.preparation import Preparation, network_rules, one_or_each, output_folder
 
 _ENCODED_TITLES: dict[Encoded, str] = {"latents": "latents", "text": "text embeddings"}
 _PART_TITLES = {"text_encoder": "text encoder", "unet": "U-Net"}
@@ -39,14 +39,14 @@ def describe_plan(cfg: TrainConfig, ready: Preparation, processes: Processes) ->
     """Return the plan as text."""
     network, optimizer, facts, plan = cfg.network, cfg.optimizer, ready.facts, ready.plan
     parts = Counter(part_of(name) for name in ready.shapes)
-    num_values = sum(ready.rank * (shape[0] + math.prod(shape[1:])) for shape in ready.shapes.values())
+    num_values = _num_adapter_values(cfg, ready)
     rates = {"text_encoder": optimizer.text_encoder_lr, "unet": optimizer.unet_lr}
     training_records = [record for record in ready.records if not record.is_prior]
     paragraphs = {
         "model": [f"{cfg.model.base}: {facts.title}, {facts.prediction} prediction", *facts.notes],
         "network": [
-            f"{network.adapter}, rank {ready.rank}, alpha {ready.alpha:g}, effective scale "
-            f"{ready.alpha / ready.rank:g}: {len(ready.shapes)} modules "
+            f"{', '.join([network.adapter, *network.adapter_options, *_rank_words(cfg, ready)])}: "
+            f"{len(ready.shapes)} modules "
             f"({', '.join(f'{count} {_PART_TITLES[part]}' for part, count in parts.items())}), "
             f"{num_values / 1e6:.2f} M values"
             + (f", starting from {network.weights}, which fits" if network.weights else "")
@@ -148,6 +148,26 @@ def _caption_rules(ready: Preparation) -> list[str]:
         if records and not subset.is_prior:
             lines.update(dict.fromkeys(caption_rule_lines(records, subset.captions)))
     return list(lines)
+
+
+def _num_adapter_values(cfg: TrainConfig, ready: Preparation) -> int:
+    with torch.device("meta"):  # so none is built
+        adapters = [
+            adapter_class(rule.adapter)(ready.shapes[name], ready.rank, rule.alpha, **rule.options)
+            for name, rule in match(ready.shapes, network_rules(cfg)).items()
+        ]
+    return sum(parameter.numel() for adapter in adapters for parameter in adapter.parameters())
+
+
+def _rank_words(cfg: TrainConfig, ready: Preparation) -> list[str]:
+    """Return how large and how strong the adapters are, as far as their type knows rank and alpha."""
+    match adapter_class(cfg.network.adapter).alpha_means:
+        case "scale":
+            return [f"rank {ready.rank}", f"alpha {ready.alpha:g}", f"effective scale {ready.alpha / ready.rank:g}"]
+        case "constraint":
+            return [f"rank {ready.rank}", f"constraint {ready.alpha:g}" if ready.alpha else "no constraint"]
+        case "nothing":
+            return []
 
 
 def _memory(cfg: TrainConfig, ready: Preparation, num_adapter_values: int, device: torch.device) -> dict[str, int]:

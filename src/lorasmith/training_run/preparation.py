@@ -24,7 +24,7 @@ from lorasmith.data.records import ImageRecord
 from lorasmith.data.subsets import Augmentation, DatasetRules, Subset
 from lorasmith.errors import UserError
 from lorasmith.formats import kohya
-from lorasmith.network import Network, Rule, check_ranks, match
+from lorasmith.network import Network, Rule, adapter_class, check_ranks, match
 from lorasmith.optimizers.base import builder
 from lorasmith.output_folder import OutputFolder, check_free
 from lorasmith.processes import Processes
@@ -94,7 +94,7 @@ def prepare(cfg: TrainConfig, processes: Processes, state: State | None) -> Prep
     shapes = {name: shapes[name] for name in match(shapes, rules)}
     if cfg.network.weights is None:
         check_ranks(shapes, rules)
-        rank, alpha = cfg.network.rank, cfg.network.alpha or float(cfg.network.rank)
+        rank, alpha = _new_rank(cfg.network)
     else:
         rank, alpha = _check_weights(cfg.network, facts, shapes)
     if cfg.resume is None or output_folder(cfg).path.resolve() != run_folder(cfg.resume).resolve():
@@ -285,6 +285,29 @@ def _check_resumable(state: State, fingerprint: str, plan: Plan, total_steps: in
         )
 
 
+def _new_rank(network: config.NetworkSection) -> tuple[int, float]:
+    """Return rank and alpha of new adapters.
+
+    Raises:
+        UserError: one is given for a type for which both mean nothing.
+    """
+    means = adapter_class(network.adapter).alpha_means
+    if means == "nothing" and (given := sorted({"rank", "alpha"} & network.model_fields_set)):
+        raise UserError(
+            f"--{given[0]} means nothing for --adapter {network.adapter}, which has no rank and no alpha; leave it out."
+        )
+    return network.rank, network.alpha or (float(network.rank) if means == "scale" else 0.0)
+
+
+def _check_optimizer(state: State, name: str) -> None:
+    """Refuse to go on with another optimizer, where the run's own cannot be used on this machine."""
+    if state.facts.optimizer != name:
+        raise UserError(
+            f"the run was trained with {state.facts.optimizer}, but here that would be {name}; go on with a machine "
+            "and packages where the first works, or start a new run from the saved LoRA with --weights."
+        )
+
+
 def _check_weights(
     network: config.NetworkSection, facts: model_families.ModelFacts, shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[int, float]:
@@ -335,7 +358,8 @@ def output_folder(cfg: TrainConfig) -> OutputFolder:
 def network_rules(cfg: TrainConfig) -> list[Rule]:
     """Return which layers get an adapter, and which one."""
     network = cfg.network
-    return [Rule(_PATTERNS[network.train], network.adapter, network.rank, network.alpha)]
+    options = adapter_class(network.adapter).parse_options(network.adapter_options)
+    return [Rule(_PATTERNS[network.train], network.adapter, network.rank, network.alpha, options=options)]
 
 
 def _datasets(cfg: TrainConfig, resolution: Size) -> tuple[list[DatasetRules], list[str]]:

@@ -292,8 +292,10 @@ class Session:
         precision = self.cfg.save.save_precision
         with self._as_saved():
             tensors = {name: tensor.clone() for name, tensor in self.network.state_dict().items()}
+            norms = self.network.delta_norms()
         kohya.write(path, tensors, file_metadata(self.cfg, self.ready, self.done, self.started_at), precision=precision)
-        return kohya.check(path, tensors, precision=precision)
+        kohya.check(path, tensors, precision=precision)
+        return norms
 
     def _save_state(self) -> None:
         facts = StateFacts(self.done, self.ready.fingerprint, self.started_at, self.ready.plan.unit_sizes)
