@@ -921,7 +921,9 @@ class CaptionsConfig(Section):
     """Merge caption files and tag files into one metadata file, and clean them."""
 
     folder: Place | None = Field(
-        default=None, description="Folder of pictures.", json_schema_extra={"positional": "DIR"}
+        default=None,
+        description="Folder of pictures; left out with input, the entries of that file alone are cleaned.",
+        json_schema_extra={"positional": "DIR"},
     )
     output: Place | None = Field(default=None, description="Metadata file to write, .json or .jsonl.")
     input: Place | None = Field(
@@ -974,14 +976,23 @@ def _check_shard(shard: str) -> str:
 Shard = Annotated[str, AfterValidator(_check_shard)]
 Existing = Literal["skip", "overwrite", "append"]
 
+    @model_validator(mode="after")
+    def _check_together(self) -> "CaptionsConfig":
+        of_files = ("read", "caption_extension", "tag_extension", "recursive", "full_path", "write_files")
+        given = [name for name in of_files if _is_changed(self, name)]
+        if self.folder is None and self.input is not None and given:
+            raise ValueError(f"{' and '.join(given)} can do nothing without DIR; give the folder, or leave this out")
+        for kind, other in (("captions", "tag_extension"), ("tags", "caption_extension")):
+            if self.read == kind and _is_changed(self, other):
+                raise ValueError(f"{other} can do nothing where only {kind} are read; leave out one of them")
+        return self
+
 
 class CaptionConfig(Section):
     """Write a caption beside each picture, by a model that describes it."""
 
     folder: Place | None = Field(
-        default=None,
-        description="Folder of pictures; left out with input, the entries of that file alone are cleaned.",
-        json_schema_extra={"positional": "DIR"},
+        default=None, description="Folder of pictures.", json_schema_extra={"positional": "DIR"}
     )
     captioner: str = Field(
         default="blip", description="What describes: blip, vision-language, or a module of your own by its dotted name."
@@ -1032,17 +1043,6 @@ class CaptionConfig(Section):
             raise ValueError("beams look for the likeliest caption, top_p draws one; leave out one of them")
         if self.min_length > self.max_length:
             raise ValueError(f"min_length = {self.min_length} is above max_length = {self.max_length}")
-        return self
-
-    @model_validator(mode="after")
-    def _check_together(self) -> "CaptionsConfig":
-        of_files = ("read", "caption_extension", "tag_extension", "recursive", "full_path", "write_files")
-        given = [name for name in of_files if _is_changed(self, name)]
-        if self.folder is None and self.input is not None and given:
-            raise ValueError(f"{' and '.join(given)} can do nothing without DIR; give the folder, or leave this out")
-        for kind, other in (("captions", "tag_extension"), ("tags", "caption_extension")):
-            if self.read == kind and _is_changed(self, other):
-                raise ValueError(f"{other} can do nothing where only {kind} are read; leave out one of them")
         return self
 
 

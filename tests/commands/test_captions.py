@@ -103,6 +103,29 @@ def test_the_extensions_say_what_is_a_caption_and_what_are_tags(run: Run, photos
     assert "only the first line is used of 1 caption file (b.txt)" in told
 
 
+def test_files_of_one_kind_alone(run: Run, photos: Path, tmp_path: Path) -> None:
+    run(photos, "--output", tmp_path / "a.json", "--read", "captions")
+    assert metadata(tmp_path / "a.json")["a"] == {"caption": "Arafed  woman, , smiling,"}
+    told = run(photos, "--output", tmp_path / "b.json", "--read", "tags")
+    assert metadata(tmp_path / "b.json")["a"] == {"tags": "long_hair, hair, rating:safe, ^_^"}
+    assert "0 with caption, 2 with tags" in told and "read as captions" not in told
+    told = run(photos, "--dry-run", "--read", "tags", "--caption-extension", ".txt", code=2)
+    assert "caption_extension can do nothing where only tags are read" in told
+
+
+def test_a_metadata_file_is_cleaned_without_its_pictures(run: Run, tmp_path: Path) -> None:
+    older, new = tmp_path / "old.json", tmp_path / "new.json"
+    older.write_text(
+        '{"a": {"caption": "anime anime", "tags": "long_hair, rating:safe", "image_size": [8, 8]}, "b": {}}'
+    )
+    told = run("--input", older, "--output", new, "--clean")
+    assert metadata(new) == {"a": {"caption": "anime", "tags": "long hair", "image_size": [8, 8]}, "b": {}}
+    assert f"{older}: 2 entries; 1 with caption, 1 with tags, 1 with neither" in told and "--images FOLDER" in told
+    assert "recursive and write_files can do nothing without DIR" in run(
+        "--input", older, "--recursive", "--write-files", tmp_path / "x", code=2
+    )
+
+
 def test_an_older_file_is_kept_and_updated(run: Run, photos: Path, tmp_path: Path) -> None:
     older = tmp_path / "old.jsonl"
     older.write_text(

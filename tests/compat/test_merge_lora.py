@@ -1,9 +1,7 @@
 """networks/merge_lora.py: the three lines of sd-scripts' first document as they stand there, and each option alone."""
 
 import re
-import runpy
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,12 +12,12 @@ from lorasmith.checkpoint import open_checkpoint
 from lorasmith.cli import main as lorasmith
 from lorasmith.compat import entry
 from lorasmith.model_families import target_shapes
+from tests.compat.running import ROOT, run
 from tests.compat.test_factors import reference
-from tests.random_lora import deltas_of, make_lora, read_lora, write_lora
+from tests.random_lora import TE, TO_K, deltas_of, make_lora, read_lora, write_lora
 from tests.tiny import write_tiny
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "networks" / "merge_lora.py"
+SCRIPT = "networks/merge_lora.py"
 GOLDEN = Path(__file__).parent / "golden"
 DOCUMENT = ROOT.parent / "shared" / "spec" / "train_network_README-en.txt"  # where this is developed
 LINES = {
@@ -49,6 +47,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of these, and the folder where the lines are typed."""
     for path in models.iterdir():
         (tmp_path / path.name).mkdir()
         for file in path.iterdir():
@@ -58,13 +57,16 @@ def folder(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     return tmp_path
 
 
-def run(words: list[str], monkeypatch: pytest.MonkeyPatch, *, script: Path = SCRIPT) -> int:
-    """Run the script itself, as `python networks/merge_lora.py ...` would."""
-    monkeypatch.setattr(sys, "argv", [str(script), *words])
-    with pytest.raises(SystemExit) as done:
-        runpy.run_path(str(script), run_name="__main__")
-    assert isinstance(done.value.code, int)
-    return done.value.code
+@pytest.fixture
+def small(folder: Path) -> Path:
+    """The same with LoRAs of a few layers."""
+    names = (TE, TO_K, "lora_unet_mid_block_attentions_0_proj_in")
+    for number in (1, 2):
+        path = folder / f"lora_train{number}" / "last.safetensors"
+        tensors, _ = read_lora(path)
+        path.unlink()
+        write_lora(path, {key: tensor for key, tensor in tensors.items() if key.startswith(names)})
+    return folder
 
 
 def words_of(line: str) -> list[str]:
@@ -93,9 +95,9 @@ def test_the_lines_are_those_of_the_document() -> None:
 
 @pytest.mark.parametrize(("name", "number"), [("one", 1), ("two", 2)])
 def test_into_a_model_it_is_lorasmith_merge(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, number: int
+    folder: Path, capsys: pytest.CaptureFixture[str], name: str, number: int
 ) -> None:
-    assert run(words_of(LINES[name]), monkeypatch) == 0
+    assert run(SCRIPT, *words_of(LINES[name])) == 0
     toml = toml_of(capsys.readouterr().out)
     assert toml == (GOLDEN / f"merge_lora_{name}.toml").read_text(encoding="utf-8")
     loras = [f"../lora_train{one}/last.safetensors" for one in (1, 2)][:number]
@@ -109,9 +111,9 @@ def test_into_a_model_it_is_lorasmith_merge(
 
 
 def test_loras_with_each_other_are_summed_as_the_document_says(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(words_of(LINES["loras"]), monkeypatch) == 0
+    assert run(SCRIPT, *words_of(LINES["loras"])) == 0
     out = capsys.readouterr().out
     assert "a ratio acts as its square (0.6 as 0.36)" in out and "`lorasmith merge --lora` adds the products" in out
     toml = toml_of(out)
@@ -136,7 +138,7 @@ def merge(folder: Path, *options: str, code: int = 0, output: str = "out.safeten
     return Path(output)
 
 
-def test_precisions_are_those_that_are_asked_for(folder: Path) -> None:
+def test_precisions_are_those_that_are_asked_for(small: Path) -> None:
     types = {
         (): torch.float32,
         ("--precision=bf16",): torch.bfloat16,
@@ -145,7 +147,7 @@ def test_precisions_are_those_that_are_asked_for(folder: Path) -> None:
     }
     found = {}
     for options, dtype in types.items():
-        found[options], _ = read_lora(merge(folder, *options, "--overwrite"))
+        found[options], _ = read_lora(merge(small, *options, "--overwrite"))
         assert {tensor.dtype for tensor in found[options].values() if tensor.dim()} == {dtype}
     rounded, exact = found["--precision=fp16", "--save_precision=float"], found[()]
     assert any(not torch.equal(rounded[key], exact[key]) for key in exact)
@@ -154,80 +156,80 @@ def test_precisions_are_those_that_are_asked_for(folder: Path) -> None:
     )
 
 
-def test_concat_and_shuffle(folder: Path) -> None:
-    loras = [read_lora(folder / f"lora_train{number}" / "last.safetensors")[0] for number in (1, 2)]
-    plain, _ = read_lora(merge(folder, "--concat"))
+def test_concat_and_shuffle(small: Path) -> None:
+    loras = [read_lora(small / f"lora_train{number}" / "last.safetensors")[0] for number in (1, 2)]
+    plain, _ = read_lora(merge(small, "--concat"))
     expected = reference(loras, [0.6, 0.4], concat=True)
     for key, tensor in plain.items():
         torch.testing.assert_close(tensor, torch.from_numpy(expected[key]), rtol=1e-5, atol=1e-7)
-    shuffled, _ = read_lora(merge(folder, "--concat", "--shuffle", "--overwrite"))
+    shuffled, _ = read_lora(merge(small, "--concat", "--shuffle", "--overwrite"))
     assert any(not torch.equal(shuffled[key], plain[key]) for key in plain)
     deltas = deltas_of(shuffled)
     for name, delta in deltas_of(plain).items():
         torch.testing.assert_close(deltas[name], delta, rtol=1e-5, atol=1e-7)
 
 
-def test_no_metadata_leaves_the_least_that_programs_need(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _, metadata = read_lora(merge(folder, "--no_metadata"))
+def test_no_metadata_leaves_the_least_that_programs_need(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, metadata = read_lora(merge(small, "--no_metadata"))
     assert {key for key in metadata if not key.startswith("sshs_")} == {
         "ss_network_module", "ss_network_dim", "ss_network_alpha",
     }  # fmt: skip
-    merge(folder, "--no_metadata", "--sd_model", "../model/model.ckpt", "--overwrite")
+    merge(small, "--no_metadata", "--sd_model", "../model/model.ckpt", "--overwrite")
     assert "note: --no_metadata: nothing needs doing" in capsys.readouterr().out
 
 
-def test_both_kinds_of_files_are_written(folder: Path) -> None:
-    assert tensors_of(merge(folder, output="loras.ckpt")).keys() == read_lora(merge(folder))[0].keys()
-    model = merge(folder, "--sd_model", "../model/model.ckpt", output="model.ckpt")
-    assert tensors_of(model).keys() == tensors_of(folder / "model" / "model.ckpt").keys()
+def test_both_kinds_of_files_are_written(small: Path) -> None:
+    assert tensors_of(merge(small, output="loras.ckpt")).keys() == read_lora(merge(small))[0].keys()
+    model = merge(small, "--sd_model", "../model/model.ckpt", output="model.ckpt")
+    assert tensors_of(model).keys() == tensors_of(small / "model" / "model.ckpt").keys()
 
 
 def test_ranks_that_differ_are_refused_but_may_lie_side_by_side(
-    folder: Path, capsys: pytest.CaptureFixture[str]
+    small: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = folder / "lora_train2" / "last.safetensors"
+    path = small / "lora_train2" / "last.safetensors"
     tensors, _ = read_lora(path)
     path.unlink()
     shapes = {"lora_down.weight": (slice(2),), "lora_up.weight": (slice(None), slice(2)), "alpha": ()}
     write_lora(path, {key: tensor[shapes[key.partition(".")[2]]] for key, tensor in tensors.items()})
-    merge(folder, code=2)
+    merge(small, code=2)
     told = capsys.readouterr().err
     assert "has rank 4 and rank 2: matrices of different size cannot be added" in told and "--concat" in told
-    found, metadata = read_lora(merge(folder, "--concat"))
-    assert metadata["ss_network_dim"] == "6" and len(found) == 3 * 264
+    found, metadata = read_lora(merge(small, "--concat"))
+    assert metadata["ss_network_dim"] == "6" and len(found) == 9
 
 
-def test_a_lora_of_the_unet_alone_will_do(folder: Path) -> None:
-    path = folder / "lora_train1" / "last.safetensors"
+def test_a_lora_of_the_unet_alone_will_do(small: Path) -> None:
+    path = small / "lora_train1" / "last.safetensors"
     tensors, _ = read_lora(path)
     path.unlink()
     write_lora(path, {key: tensor for key, tensor in tensors.items() if key.startswith("lora_unet")})
-    found, _ = read_lora(merge(folder))
-    other, _ = read_lora(folder / "lora_train2" / "last.safetensors")
+    found, _ = read_lora(merge(small))
+    other, _ = read_lora(small / "lora_train2" / "last.safetensors")
     for key, tensor in found.items():
         if key.startswith("lora_te"):
             factor = 1 if key.endswith("alpha") else 0.4
             torch.testing.assert_close(tensor, other[key] * factor)
 
 
-def test_v2_is_checked_against_the_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    merge(folder, "--v2", "--sd_model", "../model/model.ckpt", code=2)
+def test_v2_is_checked_against_the_file(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    merge(small, "--v2", "--sd_model", "../model/model.ckpt", code=2)
     assert "--v2 says that ../model/model.ckpt is SD 2.x, but it is SD 1.x" in capsys.readouterr().err
     write_tiny(Path("v2.safetensors"), "sd2")
-    merge(folder, "--v2", "--sd_model", "v2.safetensors", code=2)
+    merge(small, "--v2", "--sd_model", "v2.safetensors", code=2)
     assert "--v2" not in capsys.readouterr().err  # the LoRAs do not fit, but the model is what it was said to be
 
 
 @pytest.mark.parametrize("options", [[], ["--sd_model", "../model/model.ckpt"]])
 def test_nothing_is_written_over_unless_asked(
-    folder: Path, capsys: pytest.CaptureFixture[str], options: list[str]
+    small: Path, capsys: pytest.CaptureFixture[str], options: list[str]
 ) -> None:
     Path("out.safetensors").write_text("mine")
-    merge(folder, *options, code=2)
+    merge(small, *options, code=2)
     told = capsys.readouterr().err
     assert "--save_to" in told and "exists already; give another name, or --overwrite" in told
     assert Path("out.safetensors").read_text() == "mine"
-    assert merge(folder, *options, "--overwrite").stat().st_size > 4
+    assert merge(small, *options, "--overwrite").stat().st_size > 4
 
 
 @pytest.mark.parametrize(

@@ -52,19 +52,21 @@ _show = partial(tqdm, delay=_SECONDS_BEFORE_BAR, disable=None, leave=False)
 
 def run(cfg: CaptionsConfig) -> int:
     """Merge, clean, tell what changed, and write what was asked for."""
-    if cfg.folder is None:
+    place = cfg.folder or cfg.input
+    if place is None:
         raise UserError(
             "missing: DIR, the folder of pictures. For example: lorasmith captions photos --output meta.json"
         )
-    require_folder(cfg.folder)
-    _check_options(cfg, cfg.folder)
+    if cfg.folder is not None:
+        require_folder(cfg.folder)
+    _check_options(cfg, place)
     cleaner = Cleaner(_rules(cfg))
-    gathered = gather(cfg.folder, _extensions(cfg), cfg.input, is_recursive=cfg.recursive, has_paths=_has_paths(cfg))
+    gathered = _gathered(cfg)
     cleaned, changes = clean(
         gathered.entries, cleaner, added=_words(cfg.add_tags), min_count=cfg.min_count, max_tags=cfg.max_tags
     )
-    texts = {} if cfg.write_files is None else _texts_to_write(cfg.write_files, cfg.folder, gathered, cleaned)
-    print(page(cfg.folder, gathered, cleaned, changes, added=_words(cfg.add_tags)))
+    texts = {} if cfg.write_files is None else _texts_to_write(cfg.write_files, place, gathered, cleaned)
+    print(page(place, gathered, cleaned, changes, added=_words(cfg.add_tags)))
     if cfg.dry_run:
         print("\nnothing is written (--dry-run)")
         return 0
@@ -72,9 +74,10 @@ def run(cfg: CaptionsConfig) -> int:
     if cfg.output is not None:
         kept = write_metadata(cfg.output, cleaned)
         print(f"written  {cfg.output} ({_count(len(cleaned), 'entry', 'entries')})" + (kept and f"; before: {kept}"))
-        print(f"to train: lorasmith train --captions {quoted(cfg.output)} --images {quoted(cfg.folder)} ...")
+        pictures = "FOLDER" if cfg.folder is None else quoted(cfg.folder)
+        print(f"to train: lorasmith train --captions {quoted(cfg.output)} --images {pictures} ...")
     if cfg.write_files is not None:
-        print(_write_texts(cfg.write_files, cfg.folder, texts, len(gathered.pictures)))
+        print(_write_texts(cfg.write_files, place, texts, len(gathered.pictures)))
     return 0
 
 
@@ -138,8 +141,8 @@ def _extensions(cfg: CaptionsConfig) -> tuple[str | None, str | None]:
     if caption is not None and caption == tag:
         raise UserError(f"caption_extension and tag_extension are both {tag}; a file holds one or the other.")
     return (
-        caption or (None if tag == _CAPTIONS else _CAPTIONS),
-        tag or (None if caption == _TAGS else _TAGS),
+        None if cfg.read == "tags" else caption or (None if tag == _CAPTIONS else _CAPTIONS),
+        None if cfg.read == "captions" else tag or (None if caption == _TAGS else _TAGS),
     )
 
 
@@ -185,6 +188,13 @@ class Gathered:
     keys: dict[Path, str]
     entries: dict[str, Entry]
     notes: list[str] = field(default_factory=list)
+
+
+def _gathered(cfg: CaptionsConfig) -> Gathered:
+    if cfg.folder is None:
+        assert cfg.input is not None
+        return Gathered([], {}, metadata_files.read(cfg.input))
+    return gather(cfg.folder, _extensions(cfg), cfg.input, is_recursive=cfg.recursive, has_paths=_has_paths(cfg))
 
 
 def gather(
@@ -355,20 +365,25 @@ def _note(changes: Changes, more: Iterable[Change]) -> None:
 
 
 def page(
-    folder: Path, gathered: Gathered, cleaned: Mapping[str, Entry], changes: Changes, *, added: Sequence[str]
+    place: Path, gathered: Gathered, cleaned: Mapping[str, Entry], changes: Changes, *, added: Sequence[str]
 ) -> str:
-    """Return what was found and what changed, as text; tags that all pictures get are none of their own."""
+    """Return what was found and what changed, as text; tags that all pictures get are none of their own.
+
+    place: the folder of pictures, or the file whose entries are counted where there is none.
+    """
     of_all = {fold(tag) for tag in added}
-    pictures = {picture: cleaned[gathered.keys[picture]] for picture in gathered.pictures}
-    has_caption = {picture for picture, entry in pictures.items() if entry.caption}
-    has_tags = {
-        picture for picture, entry in pictures.items() if not of_all.issuperset(map(fold, split_tags(entry.tags)))
-    }
+    entries: dict[object, Entry] = {picture: cleaned[gathered.keys[picture]] for picture in gathered.pictures}
+    number = _count(len(entries), "picture")
+    if not entries:
+        entries = {**cleaned}
+        number = _count(len(cleaned), "entry", "entries")
+    has_caption = {name for name, entry in entries.items() if entry.caption}
+    has_tags = {name for name, entry in entries.items() if not of_all.issuperset(map(fold, split_tags(entry.tags)))}
     described = has_caption | has_tags
-    bare = [picture for picture in pictures if picture not in described]
+    bare = [name for name in entries if name not in described]
     lines = [
-        f"{folder}: {_count(len(pictures), 'picture')}; {len(has_caption):,} with caption, "
-        f"{len(has_tags):,} with tags, {len(bare):,} with neither",
+        f"{place}: {number}; {len(has_caption):,} with caption, {len(has_tags):,} with tags, "
+        f"{len(bare):,} with neither",
         *(f"  {note}" for note in gathered.notes),
     ]
     lines += ["", *(_table(changes) if changes else ["no changes"])]
@@ -380,7 +395,7 @@ def page(
         lines += [
             "",
             "without caption and tags" + (" of their own" if added else ""),
-            *(f"  {path}" for path in bare[:_NUM_LISTED]),
+            *(f"  {name}" for name in bare[:_NUM_LISTED]),
         ]
         lines += [f"  and {len(bare) - _NUM_LISTED:,} more"] if len(bare) > _NUM_LISTED else []
     return "\n".join(lines)

@@ -184,7 +184,7 @@ def translate(script: Script, given: Values) -> dict[str, Any]:
         source[flag.place] = flag
     for flag in script.flags:
         if flag.default is not None:
-            values.setdefault(flag.place, _converted(flag, flag.default))
+            values.setdefault(flag.place, flag.default)
     return {place: values[place] for place in script.options() if values.get(place) is not None}
 
 

@@ -20,7 +20,7 @@ class Flag:
     place: the option of the command that takes the value: "network.rank", or "lora" of a command without sections.
     kind: what is typed; a path may be written with backslashes. many: any number of them.
     value: what a switch puts there. convert: makes of what was typed what the option takes; a ValueError of it is told.
-    default: what the script takes for granted, where lorasmith does not.
+    default: what the option gets if it is left out, where lorasmith would take something else.
     note: one sentence for who gives it: why nothing needs doing, or what is different. refusal: why it cannot be given.
     becomes: words for the page: what `Script.complete` makes of it, or where it comes from.
     is_optional: for a word, that it may be left out.
@@ -49,8 +49,8 @@ class Script:
     """An old script.
 
     name: its path in the repository. command: the command of lorasmith that does its work.
-    complete: what takes more than one old option to say, as values by place. It is given the old options, like all
-        below, and raises a UserError for what cannot be meant together.
+    complete: what takes more than one old option to say, as values by place; None is no value. It is given the old
+        options, like all below, and raises a UserError for what cannot be meant together.
     notes: what is worth a line besides the notes of single flags.
     check: raises a UserError if what is given is not what the files are.
     instead: what to run in place of the command, for what only the script does; None: the command.
