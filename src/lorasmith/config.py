@@ -965,17 +965,6 @@ class CaptionsConfig(Section):
     overwrite: bool = Field(default=False, description="Write over an existing output, of which a .bak is kept.")
     dry_run: bool = Field(default=False, description="Show what would change, and write nothing.")
 
-
-def _check_shard(shard: str) -> str:
-    found = re.fullmatch(r"(\d+)/(\d+)", shard)
-    if not found or not 1 <= int(found[1]) <= int(found[2]):
-        raise ValueError("expected part i of n parts, counted from 1: of four, 1/4, 2/4, 3/4 and 4/4")
-    return shard
-
-
-Shard = Annotated[str, AfterValidator(_check_shard)]
-Existing = Literal["skip", "overwrite", "append"]
-
     @model_validator(mode="after")
     def _check_together(self) -> "CaptionsConfig":
         of_files = ("read", "caption_extension", "tag_extension", "recursive", "full_path", "write_files")
@@ -986,6 +975,17 @@ Existing = Literal["skip", "overwrite", "append"]
             if self.read == kind and _is_changed(self, other):
                 raise ValueError(f"{other} can do nothing where only {kind} are read; leave out one of them")
         return self
+
+
+def _check_shard(shard: str) -> str:
+    found = re.fullmatch(r"(\d+)/(\d+)", shard)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise ValueError("expected part i of n parts, counted from 1: of four, 1/4, 2/4, 3/4 and 4/4")
+    return shard
+
+
+Shard = Annotated[str, AfterValidator(_check_shard)]
+Existing = Literal["skip", "overwrite", "append"]
 
 
 class CaptionConfig(Section):
