@@ -2,7 +2,8 @@
 
 import math
 import signal
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from lorasmith.data.dataset import Batch
 from lorasmith.diffusion import stable_diffusion_schedule
 from lorasmith.errors import UserError
+from lorasmith.losses import Objective
 from lorasmith.models.base import Conditioning, LatentDiffusion
 from lorasmith.processes import Processes
 from lorasmith.training import STOP_SIGNALS, LossNotFiniteError, Stepper, latents_of, weighted_loss
@@ -131,6 +133,29 @@ def test_the_loss_is_the_weighted_mean_of_the_samples_errors(prediction: str) ->
         target = alpha_bar.sqrt() * batch.noise - (1 - alpha_bar).sqrt() * batch.latents
     errors = (model(x_t, batch.t, model.encode_text(batch.captions)) - target).square().mean(dim=(1, 2, 3))
     torch.testing.assert_close(weighted_loss(model, batch, model.encode_text), (errors * batch.weight).sum() / 4)
+
+
+def test_kept_samples_have_the_base_models_output_as_target_and_others_the_noise() -> None:
+    model, batch = Miniature(), replace(samples(4), keeps_output=torch.tensor([False, True, False, True]))
+    base = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1)
+
+    @contextmanager
+    def base_alone() -> Iterator[None]:
+        trained, model.denoiser = model.denoiser, base
+        yield
+        model.denoiser = trained
+
+    assert batch.latents is not None
+    x_t = model.schedule.add_noise(batch.latents, batch.noise, batch.t)
+    target = batch.noise.clone()
+    with torch.no_grad(), base_alone():
+        output = model(x_t, batch.t, model.encode_text(batch.captions))
+    target[1], target[3] = output[1], output[3]
+    errors = (model(x_t, batch.t, model.encode_text(batch.captions)) - target).square().mean(dim=(1, 2, 3))
+    loss = weighted_loss(model, batch, model.encode_text, Objective(base_alone=base_alone))
+    torch.testing.assert_close(loss, (errors * batch.weight).sum() / 4)
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("cuts", [(1,), (2,), (1, 2, 3), (3,)])

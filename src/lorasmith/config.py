@@ -502,6 +502,10 @@ class LossSection(Section):
     input_perturbation_random: bool = Field(
         default=False, description="Draw the strength of input_perturbation for each sample, from 0 up to it."
     )
+    diff_output_preservation: bool = Field(
+        default=False,
+        description="Let what the base model makes of the regularization pictures be their target, so that it stays.",
+    )
 
 
 class ValidationSection(Section):
@@ -729,6 +733,10 @@ def contradictions(cfg: TrainConfig) -> list[str]:
             cfg.resume and cfg.save.overwrite
         ),
         **dict.fromkeys(_loss_contradictions(cfg.loss), True),
+        "diff_output_preservation is for regularization pictures, but regularization, their folder, is missing; "
+        "give it, or leave the other out": (
+            cfg.loss.diff_output_preservation and not data.regularization and not data.dataset_config
+        ),
     }
     return [message for message, is_wrong in checks.items() if is_wrong]
 

@@ -4,6 +4,7 @@ Pure functions in tables; docs/losses.md has the formulas and where they are fro
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -93,6 +94,7 @@ class Objective:
         kind: `l2`, `l1`, `huber` or `smooth_l1`.
         huber_c, huber_scale, huber_schedule: see `_THRESHOLDS`.
         weightings: names in `WEIGHTINGS` with their number; several are multiplied.
+        base_alone: while what it returns is entered, the model is the base model, without what is trained.
     """
 
     kind: str = "l2"
@@ -100,6 +102,7 @@ class Objective:
     huber_scale: float = 1.0
     huber_schedule: str = "snr"
     weightings: Mapping[str, float] = field(default_factory=dict)
+    base_alone: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def losses(
         self, schedule: Discrete, prediction: Tensor, target: Tensor, t: Tensor, mask: Tensor | None = None

@@ -4,7 +4,8 @@ Children carry the saved names, so `state_dict()` is the content of the LoRA fil
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
@@ -105,6 +106,15 @@ class Network(nn.Module):
         self._multiplier = value
         for adapter in self.adapters.values():
             adapter.multiplier = value
+
+    @contextmanager
+    def switched_off(self) -> Iterator[None]:
+        """While entered, the model is the base model alone."""
+        multiplier, self.multiplier = self.multiplier, 0.0
+        try:
+            yield
+        finally:
+            self.multiplier = multiplier
 
     def attach(self) -> None:
         """Let every layer's forward go through its adapter; the layers' own weights are never touched."""

@@ -1,7 +1,7 @@
 """What noise is besides independent normal numbers: offsets, several resolutions at once, a perturbed input.
 
-All draws of a sample are made with its batch, from generators of its own (law 1); what depends on its latents is added in
-the training step, which draws nothing. docs/losses.md has the formulas and where they are from.
+All draws of a sample are made with its batch, from generators of its own (law 1); what depends on its latents is added
+in the training step, which draws nothing. docs/losses.md has the formulas and where they are from.
 """
 
 from collections.abc import Callable, Sequence

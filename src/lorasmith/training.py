@@ -49,8 +49,14 @@ def weighted_loss(
         seen = batch.noise_draws.input_noise(noise)
     x_t = model.schedule.add_noise(x_0, seen, t)
     prediction = model(x_t, t, encode(batch.captions))
+    target = model.schedule.target(x_0, noise, t)
+    if batch.keeps_output is not None:
+        kept = batch.keeps_output.nonzero()[:, 0].to(x_0.device)
+        with torch.no_grad(), objective.base_alone():
+            base_output = model(x_t[kept], t[kept], encode([batch.captions[i] for i in kept.tolist()]))
+        target = target.index_copy(0, kept, base_output.float())
     mask = None if batch.mask is None else batch.mask.to(x_0.device)
-    losses = objective.losses(model.schedule, prediction.float(), model.schedule.target(x_0, noise, t), t, mask)  # (B,)
+    losses = objective.losses(model.schedule, prediction.float(), target, t, mask)  # (B,)
     return (losses * batch.weight.to(losses.device)).sum() / batch.count
 
 

@@ -5,13 +5,15 @@ a second.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from lorasmith.cli import main
-from tests.commands.test_train_options import Place, Result, same
+from tests.commands.test_train_options import COMMON, SGD, Place, Result, distance, same, write_pictures
 
-QUICK = ["--train", "text_encoder", "--state-every-steps", 1, "--keep-states", 9]
+STATES = ["--state-every-steps", 1, "--keep-states", 9]
+QUICK = ["--train", "text_encoder", *STATES]
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +142,63 @@ def test_samples_are_drawn_with_the_schedule_that_is_trained(place: Place, monke
     assert ends == [True, True, False, False]
 
 
+# ---- what is to stay as it is ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def prior(place: Place) -> Path:
+    return write_pictures(place.path / "prior" / "1_thing", {7: None, 8: None}).parent
+
+
+@pytest.fixture(scope="module")
+def own(place: Place) -> Path:
+    return write_pictures(place.path / "own" / "1_sks thing", {0: None, 1: None}).parent
+
+
+WHOLE_EPOCH = ["--batch-size", 4, *SGD, "--max-grad-norm", 0]
+
+
+def test_a_new_lora_moves_nothing_that_is_to_be_kept(place: Place, own: Path, prior: Path) -> None:
+    """As long as the LoRA changes nothing, the kept pictures have neither loss nor gradient."""
+    once = [*WHOLE_EPOCH, "--steps", 1, "--regularization", prior]
+    kept = place.train(*once, "--diff-output-preservation", images=own)
+    without = place.train(*once, "--prior-loss-weight", 0, images=own)
+    assert distance(kept, without) < 1e-4
+    assert kept.logged("loss") == pytest.approx(without.logged("loss"), rel=1e-5)
+    assert distance(kept, place.train(*once, images=own)) > 0.1
+    assert "diff_output_preservation" in kept.plan
+
+
+def test_a_lora_that_has_moved_is_pulled_back(place: Place, own: Path, prior: Path) -> None:
+    twice = [*WHOLE_EPOCH, "--steps", 2, "--regularization", prior]
+    kept = place.train(*twice, "--diff-output-preservation", *STATES, images=own)
+    assert not same(kept, place.train(*twice, "--prior-loss-weight", 0, images=own))
+    assert resumed(kept) == (kept.folder / "last.safetensors").read_bytes()
+
+
+def test_a_dataset_file_marks_what_is_to_be_kept(place: Place, own: Path, prior: Path) -> None:
+    def run(name: str, mark: str, *options: object) -> Result:
+        tables = [
+            f"[[datasets.subsets]]\nimage_dir = '{folder}'\nclass_tokens = '{words}'\n{more}"
+            for folder, words, more in [
+                (own / "1_sks thing", "sks thing", ""),
+                (prior / "1_thing", "thing", f"is_reg = true\n{mark}"),
+            ]
+        ]
+        file, folder = place.path / f"{name}.toml", place.path / name
+        file.write_text("\n".join(["[[datasets]]", *tables]))
+        words = ["--base", place.base, "--dataset-config", file, *COMMON, *WHOLE_EPOCH, "--steps", 2, *options]
+        assert main(["train", *map(str, words), "--output", str(folder)]) == 0
+        return Result(folder, "")
+
+    marked = run("marked", "custom_attributes = {diff_output_preservation = true}")
+    assert same(marked, run("asked", "", "--diff-output-preservation"))
+    assert not same(marked, run("plain", ""))
+
+
+# ---- mistakes -------------------------------------------------------------------------------------------------------
+
+
 def mistake(place: Place, capsys: pytest.CaptureFixture[str], *options: object) -> str:
     words = ["--base", place.base, "--images", place.pictures.parent, "--output", place.path / "none", *options]
     assert main(["train", *map(str, words)]) == 2
@@ -162,6 +221,7 @@ def mistake(place: Place, capsys: pytest.CaptureFixture[str], *options: object) 
         (["--noise-offset-random"], "noise_offset_random changes noise_offset, which is missing"),
         (["--pyramid-noise-discount", 0.5], "pyramid_noise_discount is for pyramid_noise_levels"),
         (["--input-perturbation-random"], "input_perturbation_random is for input_perturbation"),
+        (["--diff-output-preservation"], "diff_output_preservation is for regularization pictures, but"),
         (["--max-timestep", 1001], "--max-timestep 1001: expected a whole number above 0 and at most 1000"),
     ],
 )

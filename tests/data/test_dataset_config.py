@@ -91,6 +91,7 @@ OF_SUBSET: dict[str, tuple[Any, Callable[[Subset], Any], Any]] = {  # value, wha
     "recursive": (True, lambda subset: subset.recursive, True),
     "alpha_color": ("#FF8000", lambda subset: subset.alpha_color, "#ff8000"),
     "source": ("folder", lambda subset: subset.source, "folder"),
+    "custom_attributes": ({"diff_output_preservation": True}, lambda subset: subset.keeps_output, True),
     "image_column": ("photo", lambda subset: subset.image_column, "photo"),
     "caption_column": ("words", lambda subset: subset.caption_column, "words"),
     "dataset_split": ("test", lambda subset: subset.dataset_split, "test"),
@@ -111,7 +112,6 @@ WITHOUT_EFFECT = {  # the values that are accepted, one that is not
     "cache_info": ([True, False], 1),
     "network_multiplier": ([1.0, 1], 0.5),
     "resize_interpolation": (["lanczos"], "area"),
-    "custom_attributes": ([{}], {"diff_output_preservation": True}),
 }
 
 
@@ -152,6 +152,21 @@ def test_a_key_without_its_feature_is_accepted_where_it_changes_nothing(write: W
         assert any(note.startswith(f"{name} changes nothing: ") for note in file.notes)
     with pytest.raises(UserError, match=f"line .*{name} = "):
         read(write(one_subset(level, {name: refused})))
+
+
+@pytest.mark.parametrize("attributes", [{"diff_output_preservation": 1}, {"other": True}])
+def test_other_attributes_are_refused(write: Write, attributes: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"line .*the only one is diff_output_preservation = true or false"):
+        read(write(one_subset(SUBSET, {"custom_attributes": attributes})))
+
+
+def test_outputs_kept_by_the_command_line_are_those_of_regularization_pictures(write: Write) -> None:
+    no = {"custom_attributes": {"diff_output_preservation": False}}
+    subsets = [{"image_dir": "a"}, {"image_dir": "b", "is_reg": True}, {"image_dir": "c", "is_reg": True, **no}]
+    for name in "abc":
+        Path(name).mkdir(exist_ok=True)
+    rules = read(write({"datasets": [{"subsets": subsets}]}), DatasetRules((Subset(keeps_output=True),))).datasets[0]
+    assert [subset.keeps_output for subset in rules.subsets] == [False, True, False]
 
 
 def test_a_resolution_is_written_in_four_ways(write: Write) -> None:

@@ -106,7 +106,7 @@ def _session(cfg: TrainConfig, ready: Preparation, processes: Processes) -> Sess
         optimizer,
         processes,
         cached_encoder(model, stores["text"], kept_captions(ready)) if "text" in stores else model.encode_text,
-        objective_of(cfg.loss),
+        objective_of(cfg.loss, network.switched_off),
         max_grad_norm=cfg.optimizer.max_grad_norm,
         is_fp16=ready.precision == "fp16",
     )

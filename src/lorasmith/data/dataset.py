@@ -51,7 +51,8 @@ class Batch:
     latents: (B, C, H/f, W/f), drawn from cached posteriors; else None. pixels: (B, 3, H, W) in [-1, 1]; else None.
     mask: (B, 1, H/f, W/f), what each place's error is multiplied by (`losses.mask_factors`); None: there are no masks.
     posterior_noise, noise: (B, C, H/f, W/f), standard normal. t: (B,), what the model calls time. noise_draws: what
-    makes the noise another; None: nothing.
+    makes the noise another; None: nothing. keeps_output: (B,), whether a sample's target is the base model's output;
+    None: no sample's.
     weight: (B,), of each sample's loss; 0 for padding. count: samples of the whole global step, over all processes
     and micro-batches, without padding; the sum of weight * loss over all of them, divided by it, is the step's mean.
     """
@@ -66,6 +67,7 @@ class Batch:
     count: int
     mask: Tensor | None = None
     noise_draws: NoiseDraws | None = None
+    keeps_output: Tensor | None = None
 
 
 class Dataset:
@@ -146,6 +148,7 @@ class Dataset:
         is_cached = (samples[0].record, False) in self._latents
         pictures = [] if is_cached else [self._picture(step, sample) for sample in samples]
         masks = [self._still_mask(step, sample) for sample in samples] if is_cached else [mask for _, mask in pictures]
+        keeps_output = [self._subset(sample).keeps_output for sample in samples]
         t = torch.cat([self._sample_t(1, self._generator("timestep", step, sample)) for sample in samples])
         return Batch(
             latents=self._draw_latents(step, samples, posterior_noise) if is_cached else None,
@@ -158,6 +161,7 @@ class Dataset:
             count=count,
             mask=self._mask_factors(masks, (1, *shape[1:])),
             noise_draws=self._draw_noise(step, samples, shape),
+            keeps_output=torch.tensor(keeps_output) if any(keeps_output) else None,
         )
 
     def _draw_noise(self, step: int, samples: Sequence[Sample], shape: tuple[int, int, int]) -> NoiseDraws | None:

@@ -131,8 +131,9 @@ KEYS = {
             own_help="All pictures are resized by Lanczos' filter.",
         ),
         Key(
-            "custom_attributes", _RULES, own_kind="table", only=({},),
-            own_help="No loss here looks at them.",
+            "custom_attributes", _RULES, "keeps_output", own_kind="table",
+            own_help="With `{diff_output_preservation = true}`, what the base model makes of the pictures is kept "
+            "(docs/losses.md).",
         ),
         Key("validation_split", _SHAPES, "validation_split", "validation_split"),
         Key("validation_seed", _SHAPES, "validation_seed", "validation_seed"),
@@ -146,6 +147,7 @@ _MEANT = {  # names of sd-scripts' command line, where a key is called otherwise
     "train_batch_size": "batch_size", "dataset_repeats": "num_repeats", "train_data_dir": "image_dir",
     "reg_data_dir": "image_dir", "in_json": "metadata_file",
 }  # fmt: skip
+_KEEPS_OUTPUT = "diff_output_preservation"  # among custom_attributes
 _NEEDED = "in that image_dir, a folder of pictures"
 _BUCKET_KEYS = ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale")
 _REPEATS_IN_NAME = re.compile(r"(\d+)_.+")
@@ -291,6 +293,8 @@ class _Reader:
         defaults = replace(self._defaults.subsets[0], in_dataset_file=True)
         if values.get("is_reg"):  # on the command line, too, masks are for training pictures
             defaults = replace(defaults, masks=None, alpha_mask=False)
+        else:
+            defaults = replace(defaults, keeps_output=False)
         subset = _filled(defaults, {**rules, **paths})
         if subset.metadata is not None and "source" not in values:
             subset = replace(subset, source="metadata_json")
@@ -380,7 +384,16 @@ def _converted(key: Key, value: Any) -> Any:
         )
     if key.name == "source":
         plugins.find("data.sources", value)
+    if key.name == "custom_attributes":
+        return _keeps_output(value)
     return config.checked(TrainConfig, _options()[key.option], value) if key.option else value
+
+
+def _keeps_output(attributes: Mapping[str, Any]) -> bool:
+    keeps = attributes.get(_KEEPS_OUTPUT, False)
+    if not attributes.keys() <= {_KEEPS_OUTPUT} or not isinstance(keeps, bool):
+        raise UserError(f"nothing is made of these attributes here; the only one is {_KEEPS_OUTPUT} = true or false")
+    return keeps
 
 
 def _filled(rules: _Rules, values: Mapping[str, Any]) -> _Rules:

@@ -50,7 +50,8 @@ class Subset:
     caption: of pictures that have none of their own. recursive: also folders in folders. all_lines: captions are all
     lines of their files. alpha_color: what is seen through transparent pictures. masks: folder of pictures that say how
     much each place is learned; see `data/masks.py`. alpha_mask: the pictures' own transparency says that.
-    in_dataset_file: a dataset file says all this, not the command line; then folders' names mean nothing.
+    keeps_output: what is learned is what the base model makes of them, so that it stays. in_dataset_file: a dataset
+    file says all this, not the command line; then folders' names mean nothing.
     """
 
     place: str = ""
@@ -68,6 +69,7 @@ class Subset:
     alpha_color: str = "white"
     masks: Path | None = None
     alpha_mask: bool = False
+    keeps_output: bool = False
     in_dataset_file: bool = False
     captions: CaptionOptions = field(default_factory=CaptionOptions)
     augmentation: Augmentation = field(default_factory=Augmentation)

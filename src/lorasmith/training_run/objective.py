@@ -1,5 +1,8 @@
 """What a run makes small, as its options say it."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
 from lorasmith.config import LossSection, TrainConfig
 from lorasmith.diffusion import Prediction, Timesteps
 from lorasmith.errors import UserError
@@ -7,8 +10,8 @@ from lorasmith.losses import Objective
 from lorasmith.noise import NoiseOptions
 
 
-def objective_of(loss: LossSection) -> Objective:
-    """Return the loss with its weightings."""
+def objective_of(loss: LossSection, base_alone: Callable[[], AbstractContextManager[None]]) -> Objective:
+    """Return the loss with its weightings; while `base_alone()` is entered, the model is the base model alone."""
     numbers = {
         "min_snr_gamma": loss.min_snr_gamma,
         "debiased_estimation": 1.0 if loss.debiased_estimation else None,
@@ -16,7 +19,7 @@ def objective_of(loss: LossSection) -> Objective:
         "v_pred_like_loss": loss.v_pred_like_loss,
     }
     weightings = {name: number for name, number in numbers.items() if number is not None}
-    return Objective(loss.loss_type, loss.huber_c, loss.huber_scale, loss.huber_schedule, weightings)
+    return Objective(loss.loss_type, loss.huber_c, loss.huber_scale, loss.huber_schedule, weightings, base_alone)
 
 
 def timesteps_of(loss: LossSection) -> Timesteps:

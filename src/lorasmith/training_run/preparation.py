@@ -392,7 +392,7 @@ def _datasets(cfg: TrainConfig, resolution: Size) -> tuple[list[DatasetRules], l
             replace(
                 subset, place=str(data.regularization), source="folder", metadata=None, is_prior=True, repeats=1,
                 image_column=None, caption_column=None, dataset_split="train",
-                caption=None, masks=None, alpha_mask=False,
+                caption=None, masks=None, alpha_mask=False, keeps_output=cfg.loss.diff_output_preservation,
             )
         )  # fmt: skip
     buckets = Buckets(
@@ -413,11 +413,17 @@ def _datasets(cfg: TrainConfig, resolution: Size) -> tuple[list[DatasetRules], l
     )
     if data.dataset_config is None:
         return [rules], []
-    file = dataset_config.read(data.dataset_config, rules, buckets=buckets, root=data.dataset_root or Path())
-    if data.prior_loss_weight != 1 and not any(subset.is_prior for one in file.datasets for subset in one.subsets):
+    defaults = replace(rules, subsets=(replace(subset, keeps_output=cfg.loss.diff_output_preservation),))
+    file = dataset_config.read(data.dataset_config, defaults, buckets=buckets, root=data.dataset_root or Path())
+    given = {
+        "prior_loss_weight": data.prior_loss_weight != 1,
+        "diff_output_preservation": cfg.loss.diff_output_preservation,
+    }
+    names = [name for name, is_given in given.items() if is_given]
+    if names and not any(subset.is_prior for one in file.datasets for subset in one.subsets):
         raise UserError(
-            f"prior_loss_weight is for regularization pictures, but no subset of {data.dataset_config} says is_reg = "
-            "true; write that, or leave the weight out."
+            f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} for regularization pictures, but no subset of "
+            f"{data.dataset_config} says is_reg = true; write that, or leave the other out."
         )
     if not any(one.validation_split for one in file.datasets) and cfg.validation != config.ValidationSection():
         raise UserError(
