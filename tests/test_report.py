@@ -145,3 +145,15 @@ def test_smoothing_is_the_weighted_mean_of_what_came_before(values: list[float],
         mean = sum(w * value for w, value in zip(weights, values, strict=False)) / sum(weights)
         assert smoothed == pytest.approx(mean, abs=1e-6)
     assert len(smooth(values, weight)) == len(values)
+
+
+def test_held_out_pictures_are_listed_by_how_far_their_loss_rose(tmp_path: Path) -> None:
+    pictures = {
+        "falls.png": [(0, 0.5), (4, 0.2)],
+        "_rises $much$.png": [(0, 0.5), (2, 0.1), (4, 0.6)],
+        "rises <b>.png": [(0, 0.5), (2, 0.3), (4, 0.4)],
+    }
+    page = Page(write_report(tmp_path, contents(pictures=pictures)))
+    assert [text for text in page.texts if text in pictures] == ["_rises $much$.png", "rises <b>.png", "falls.png"]
+    assert "0.5000 at first, lowest 0.1000 after step 2, 0.6000 at last" in page.texts
+    Image.open(tmp_path / "held-out.png").verify()

@@ -525,6 +525,12 @@ class ValidationSection(Section):
         description="Measure it every n steps; left out together with epochs: after each epoch. At the start and the "
         "end it is always measured.",
     )
+    keep_best: PositiveInt | None = Field(
+        default=None, description="Keep the n LoRAs with which the held-out pictures' loss was lowest."
+    )
+    stop_early: PositiveInt | None = Field(
+        default=None, description="End the run when this loss has not become lower in n measurements."
+    )
 
 
 class SaveSection(Section):
@@ -649,6 +655,7 @@ def contradictions(cfg: TrainConfig) -> list[str]:
     data, training, network, optimizer = cfg.data, cfg.training, cfg.network, cfg.optimizer
     augmentations = changing_augmentations(data)
     in_file = [name for name in ("images", "regularization", "captions", "caption") if getattr(data, name) is not None]
+    of_held_out = list(cfg.validation.model_dump(exclude_defaults=True, exclude={"validation_split"}))
     checks = {
         f"dataset_config names folders and captions by itself, but {' and '.join(in_file)} "
         f"{'is' if len(in_file) == 1 else 'are'} given too; leave out one or the other": data.dataset_config
@@ -723,11 +730,9 @@ def contradictions(cfg: TrainConfig) -> list[str]:
             and data.regularization
             and os.path.realpath(data.images) == os.path.realpath(data.regularization)
         ),
-        "validation_seed, validate_every_epochs and validate_every_steps are for held-out pictures, but "
-        "validation_split, their share, is missing; give it, or leave the others out": (
-            not cfg.validation.validation_split
-            and not data.dataset_config
-            and any(_is_changed(cfg.validation, name) for name in type(cfg.validation).model_fields)
+        f"{' and '.join(of_held_out)} {'is' if len(of_held_out) == 1 else 'are'} for held-out pictures, but "
+        "validation_split, their share, is missing; give it, or leave the other out": (
+            of_held_out and not cfg.validation.validation_split and not data.dataset_config and not cfg.resume
         ),
         "resume goes on with a run, but overwrite starts afresh; leave out one of them": (
             cfg.resume and cfg.save.overwrite

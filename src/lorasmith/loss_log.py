@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 
 class LossLog:
@@ -20,13 +21,18 @@ class LossLog:
         self._file = path.open("a", encoding="utf-8", buffering=1)
         self.losses: list[tuple[int, float]] = [(step, json.loads(line)["loss"]) for step, line in kept]
 
-    def append(self, step: int, loss: float, **facts: float) -> None:
-        """Write a line; `facts` are further numbers, such as lr, the learning rate."""
+    def append(self, step: int, loss: float, **facts: Any) -> None:
+        """Write a line; `facts` are further values that JSON can hold, such as lr, the learning rate."""
         self._file.write(json.dumps({"step": step, "loss": loss, **facts}) + "\n")
         self.losses.append((step, loss))
 
     def close(self) -> None:
         self._file.close()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Return what stands in a log's whole lines."""
+    return [json.loads(line) for _, line in _lines(path)]
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:

@@ -63,6 +63,15 @@ class OutputFolder:
         stem = f"{self.name}-step{step:08d}" if self.name else f"step-{step:08d}"
         return self.path / f"{stem}.{self.extension}"
 
+    def best(self, step: int) -> Path:
+        """File after `step` optimizer steps that is kept as one of the best."""
+        stem = f"{self.name}-best{step:08d}" if self.name else f"best-{step:08d}"
+        return self.path / f"{stem}.{self.extension}"
+
+    def saved_best(self) -> dict[int, Path]:
+        """The files that are there of the best steps, by number."""
+        return self._saved(self.best(0).name, 8)
+
     def saved_epochs(self) -> dict[int, Path]:
         """The files that are there of epochs, by number."""
         return self._saved(self.epoch(0).name, 6)
@@ -116,9 +125,9 @@ def _belongings(folder: OutputFolder) -> list[Path]:
     if not folder.path.is_dir():
         return []
     named = {RUN_FILE, "logs", "samples", "report", "states"}
-    stem = r"last|epoch-\d{6,}|step-\d{8,}"
+    stem = r"last|epoch-\d{6,}|(step|best)-\d{8,}"
     if folder.name is not None:
-        stem = rf"{re.escape(folder.name)}(-\d{{6,}}|-step\d{{8,}})?"
+        stem = rf"{re.escape(folder.name)}(-\d{{6,}}|-(step|best)\d{{8,}})?"
     lora = re.compile(rf"({stem})\.(safetensors|pt|ckpt)")
     return sorted(path for path in folder.path.iterdir() if path.name in named or lora.fullmatch(path.name))
 

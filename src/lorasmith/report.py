@@ -28,6 +28,8 @@ _ON_VALIDATION = (
     "other still falls, the pictures are being learned by heart, and an earlier file may be the better one."
 )
 
+_NUM_NAMED, _NUM_LISTED = 8, 30  # held-out pictures named in the chart, and in the table
+
 
 @dataclass(frozen=True)
 class ReportContents:
@@ -36,6 +38,7 @@ class ReportContents:
     summary: plain sentences for the top. settings: section -> option -> value. losses: (step, loss), steps from 1.
     before, after: pictures of `prompts` without and with the LoRA, in their order. norms: module name -> Frobenius
     norm of its delta. files: (file name, what it is for). validation: (step, loss) of the held-out pictures.
+    pictures: (step, loss) of each of these, by its name.
     """
 
     title: str
@@ -45,6 +48,7 @@ class ReportContents:
     norms: Mapping[str, float]
     files: Sequence[tuple[str, str]]
     validation: Sequence[tuple[int, float]] = field(default_factory=list)
+    pictures: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
     prompts: Sequence[str] = field(default_factory=list)
     before: Sequence[Image.Image] = field(default_factory=list)
     after: Sequence[Image.Image] = field(default_factory=list)
@@ -54,6 +58,8 @@ def write_report(folder: Path, contents: ReportContents) -> Path:
     """Write the report into `folder` and return its page, `index.html`."""
     folder.mkdir(parents=True, exist_ok=True)
     _draw_losses(folder / "loss.png", contents.losses, contents.validation)
+    if contents.pictures:
+        _draw_pictures(folder / "held-out.png", contents.pictures)
     draw_norms(folder / "norms.png", norms_by_block(contents.norms))
     if contents.after:
         rows = [("before", contents.before)] if contents.before else []
@@ -112,6 +118,30 @@ def _draw_losses(path: Path, losses: Sequence[tuple[int, float]], validation: Se
     figure.savefig(path)
 
 
+def _draw_pictures(path: Path, pictures: Mapping[str, Sequence[tuple[int, float]]]) -> None:
+    figure, axes = _figure(9, 3.2)
+    worst = _by_rise(pictures)[:_NUM_NAMED]
+    for name in sorted(pictures, key=lambda name: name in worst):  # the named ones on top
+        label = {"label": name.replace("$", r"\$").lstrip("_")} if name in worst else {}  # as matplotlib wants it
+        axes.plot(*zip(*pictures[name], strict=True), linewidth=1.4 if label else 0.7, marker=".",
+                  **(label or {"color": "#c9c9c0"}))  # fmt: skip
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path)
+
+
+def _by_rise(pictures: Mapping[str, Sequence[tuple[int, float]]]) -> list[str]:
+    """Return the pictures' names: first those whose loss rose most from its lowest value to the last one."""
+
+    def rise(name: str) -> float:
+        losses = [loss for _, loss in pictures[name]]
+        return losses[-1] - min(losses)
+
+    return sorted(pictures, key=rise, reverse=True)
+
+
 def draw_norms(path: Path, blocks: Mapping[str, float]) -> None:
     """Draw a bar for each block's norm into a picture."""
     figure, axes = _figure(9, 3.2)
@@ -148,12 +178,29 @@ def _page(contents: ReportContents) -> str:
 <h2>Loss</h2>
 <p>{_ON_LOSSES}{_ON_VALIDATION if contents.validation else ""}</p>
 <img src="loss.png" alt="loss over steps">
-<h2>What was learned where</h2>
+{_held_out(contents.pictures)}<h2>What was learned where</h2>
 <p>Norm of the weight update per block (text encoder, then U-Net). All zero means nothing was learned.</p>
 <img src="norms.png" alt="norm of the update per block">
 <h2>Settings</h2><div class="settings">{"".join(_section(*section) for section in contents.settings.items())}</div>
 </body></html>
 """
+
+
+def _held_out(pictures: Mapping[str, Sequence[tuple[int, float]]]) -> str:
+    if not pictures:
+        return ""
+    rows = []
+    for name in _by_rise(pictures)[:_NUM_LISTED]:
+        lowest = min(pictures[name], key=lambda one: one[1])
+        first, last = pictures[name][0], pictures[name][-1]
+        text = f"{first[1]:.4f} at first, lowest {lowest[1]:.4f} after step {lowest[0]}, {last[1]:.4f} at last"
+        rows.append((name, text))
+    rest = len(pictures) - len(rows)
+    more = f"<p>And {rest} more: logs/validation.jsonl.</p>" if rest else ""
+    return (
+        "<h2>Each held-out picture</h2><p>Those whose loss rose most since it was lowest come first.</p>"
+        f'<img src="held-out.png" alt="loss of each held-out picture">{_table(rows)}{more}\n'
+    )
 
 
 def _section(name: str, options: Mapping[str, object]) -> str:

@@ -23,6 +23,7 @@ CHANGEABLE = {
     "preprocessor", "thumbnail", "comment", "metadata", "share_captions",
     "prompts", "sample_every_steps", "sample_every_epochs", "before_after", "negative", "sample_size", "sample_steps",
     "guidance", "sample_seed", "tensorboard", "progress", "validate_every_epochs", "validate_every_steps",
+    "keep_best", "stop_early",
 }  # fmt: skip
 
 

@@ -41,6 +41,17 @@ def weighted_loss(
     objective: Objective = PLAIN,
 ) -> Tensor:
     """Return sum(weight_i * loss_i) / count: this micro-batch's part of the mean over the whole step's samples."""
+    losses = sample_losses(model, batch, encode, objective)
+    return (losses * batch.weight.to(losses.device)).sum() / batch.count
+
+
+def sample_losses(
+    model: LatentDiffusion,
+    batch: Batch,
+    encode: Callable[[list[str]], Conditioning],
+    objective: Objective = PLAIN,
+) -> Tensor:
+    """Return the loss of each sample, (B,), before weights."""
     x_0 = latents_of(model, batch)
     noise, t = batch.noise.to(x_0.device), batch.t.to(x_0.device)
     seen = noise
@@ -56,8 +67,7 @@ def weighted_loss(
             base_output = model(x_t[kept], t[kept], encode([batch.captions[i] for i in kept.tolist()]))
         target = target.index_copy(0, kept, base_output.float())
     mask = None if batch.mask is None else batch.mask.to(x_0.device)
-    losses = objective.losses(model.schedule, prediction.float(), target, t, mask)  # (B,)
-    return (losses * batch.weight.to(losses.device)).sum() / batch.count
+    return objective.losses(model.schedule, prediction.float(), target, t, mask)
 
 
 @dataclass

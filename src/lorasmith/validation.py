@@ -1,6 +1,10 @@
 """The loss of held-out pictures, measured the same way each time."""
 
-from collections.abc import Callable
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -9,13 +13,21 @@ from lorasmith.data.plan import Plan
 from lorasmith.losses import PLAIN, Objective
 from lorasmith.models.base import Conditioning, LatentDiffusion
 from lorasmith.processes import Processes
-from lorasmith.training import weighted_loss
+from lorasmith.training import sample_losses
 
 _NUM_DRAWS = 32  # at least so many pairs of noise and timestep: of few pictures, several each
 
 
+@dataclass(frozen=True)
+class Validation:
+    """The mean loss of all held-out pictures, and that of each, by its record's index."""
+
+    loss: float
+    pictures: dict[int, float]
+
+
 @torch.no_grad()
-def validation_loss(
+def validate(
     model: LatentDiffusion,
     plan: Plan,
     dataset: Dataset,
@@ -24,8 +36,8 @@ def validation_loss(
     objective: Objective = PLAIN,
     *,
     workers: int,
-) -> float:
-    """Return the mean loss of the held-out pictures, alike in all processes.
+) -> Validation:
+    """Return the losses of the held-out pictures, alike in all processes.
 
     Noise and timesteps are those of the plan's first steps each time, so two values differ only by what was learned in
     between.
@@ -33,11 +45,28 @@ def validation_loss(
     Args:
         plan, dataset: see `plan.validation_plan` and `Dataset.held_out`.
     """
-    num_epochs = -(-_NUM_DRAWS // plan.num_samples_per_epoch)
-    total, count = 0.0, 0
+    steps = range(-(-_NUM_DRAWS // plan.num_samples_per_epoch) * plan.steps_per_epoch)
+    measured: list[tuple[int, float]] = []  # record, loss
     with processes.together():
-        for batches in dataset.prefetch(range(num_epochs * plan.steps_per_epoch), processes.index, workers):
-            for batch in batches:
-                total += weighted_loss(model, batch, encode, objective).item() * batch.count
-                count += batch.count
-    return processes.sums([total])[0] / count
+        for step, batches in zip(steps, dataset.prefetch(steps, processes.index, workers), strict=True):
+            for micro_batch, batch in zip(plan.step(step, processes.index), batches, strict=True):
+                losses = sample_losses(model, batch, encode, objective).tolist()
+                samples = zip(micro_batch.samples, micro_batch.is_padding, losses, strict=True)
+                measured += [(sample.record, loss) for sample, is_padding, loss in samples if not is_padding]
+    by_record: dict[int, list[float]] = defaultdict(list)
+    for record, loss in (pair for part in processes.gather(measured) for pair in part):
+        by_record[record].append(loss)
+    # fsum does not mind the order, so any number of processes gives the same
+    total = math.fsum(loss for losses in by_record.values() for loss in losses)
+    pictures = {record: math.fsum(by_record[record]) / len(by_record[record]) for record in sorted(by_record)}
+    return Validation(total / sum(map(len, by_record.values())), pictures)
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """Return the files' names, with as many of their folders as it takes to tell them apart."""
+    longest = max(len(path.parts) for path in paths)
+    for depth in range(1, longest + 1):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(set(paths)):
+            break
+    return names

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from lorasmith import config
+from lorasmith import config, validation
 from lorasmith.cli import main
 
 from ..tiny import write_tiny
@@ -126,6 +126,7 @@ def test_changing_augmentations_do_not_reach_held_out_pictures(base: Path, pictu
         (["--validation-split", "0.95"], "validation_split = 0.95 of 6 different pictures in data set 1 leaves none"),
         (["--validation-seed", "3"], "validation_split, their share, is missing"),
         (["--validate-every-steps", "3"], "validation_split, their share, is missing"),
+        (["--keep-best", "2", "--stop-early", "3"], "keep_best and stop_early are for held-out pictures"),
     ],
 )
 def test_mistakes(
@@ -135,6 +136,70 @@ def test_mistakes(
     assert main([*words, "--dry-run"]) == 2
     assert expected in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_each_picture_is_logged_and_shown(base: Path, pictures: Path, tmp_path: Path) -> None:
+    """Their mean is the loss, since each is measured equally often; each stands in the report with its losses."""
+    run(base, pictures, tmp_path / "out", "--validation-split", 0.5, "--steps", 4, "--batch-size", 2)
+    plan = run(base, pictures, tmp_path / "dry", "--validation-split", 0.5, "--dry-run")
+    names = set(plan.partition("3 of 6 (")[2].partition(")")[0].replace("\n", " ").split(", "))
+    page = (tmp_path / "out" / "report" / "index.html").read_text()
+    assert (tmp_path / "out" / "report" / "held-out.png").is_file()
+    for line in map(json.loads, (tmp_path / "out" / "logs" / "validation.jsonl").read_text().splitlines()):
+        assert set(line["pictures"]) == {name.strip() for name in names}
+        assert sum(line["pictures"].values()) / 3 == pytest.approx(line["loss"], rel=1e-6)
+        assert len(set(line["pictures"].values())) == 3
+        last = line["pictures"]
+    assert all(f"<code>{name}</code>" in page and f"{loss:.4f} at last" in page for name, loss in last.items())
+
+
+@pytest.fixture
+def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(validation, "_NUM_DRAWS", 2)  # 32 take long
+
+
+@pytest.mark.usefixtures("few_draws")
+def test_the_best_are_kept_and_the_others_go(base: Path, pictures: Path, tmp_path: Path) -> None:
+    held = ["--validation-split", 0.34, "--validate-every-steps", 1, "--steps", 5, "--save-precision", "float",
+            "--learning-rate", 0.05]  # fmt: skip
+    printed = run(base, pictures, tmp_path / "best", *held, "--keep-best", 2)
+    run(base, pictures, tmp_path / "all", *held[:2], *held[4:], "--save-every-steps", 1)
+    losses = {step: loss for step, loss in logged(tmp_path / "best").items() if step}
+    wanted = sorted(losses, key=lambda step: losses[step])[:2]
+    kept = sorted((tmp_path / "best").glob("best-*"))
+    assert [path.name for path in kept] == [f"best-{step:08d}.safetensors" for step in sorted(wanted)]
+    for step, path in zip(sorted(wanted), kept, strict=True):
+        ours = load_file(path)
+        theirs = load_file(tmp_path / "all" / ("last.safetensors" if step == 5 else f"step-{step:08d}.safetensors"))
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    best = f"{losses[wanted[0]]:.4f} after step {wanted[0]}"
+    assert f"the lowest loss of held-out pictures, {best}" in printed
+    assert best in (tmp_path / "best" / "report" / "index.html").read_text()
+
+
+@pytest.mark.usefixtures("few_draws")
+def test_a_run_stops_early_and_a_resumed_one_where_it_would_have(base: Path, pictures: Path, tmp_path: Path) -> None:
+    """With a learning rate that changes nothing, the untrained model is never bettered."""
+    held = ["--validation-split", 0.34, "--validate-every-steps", 1, "--learning-rate", 1e-30, "--state-every-steps", 1,
+            "--keep-states", 9, "--keep-best", 1, "--no-progress"]  # fmt: skip
+    printed = run(base, pictures, tmp_path / "out", *held, "--steps", 9, "--stop-early", 3)
+    assert list(logged(tmp_path / "out")) == [0, 1, 2, 3]
+    assert "stopped after step 3 of 9" in printed and (tmp_path / "out" / "report" / "index.html").is_file()
+    last, best = (next((tmp_path / "out").glob(f"{name}*.safetensors")) for name in ("last", "best"))
+    first = load_file(last), load_file(best)
+
+    def resume(*words: str) -> str:
+        with contextlib.redirect_stdout(printed := io.StringIO()):
+            assert main(["train", "--resume", *words]) == 0
+        return printed.getvalue()
+
+    last.unlink()
+    assert "stopped after step 3 of 9" in resume(str(tmp_path / "out" / "states" / "step-00000001"))
+    for old, path in zip(first, (last, best), strict=True):
+        assert all(torch.equal(old[name], tensor) for name, tensor in load_file(path).items())
+    assert "stopped after step 3 of 9" in resume(str(tmp_path / "out"))  # it is over, and stays so
+    assert "stopped after step 5 of 9" in resume(str(tmp_path / "out"), "--stop-early", "5")
+    assert list(logged(tmp_path / "out")) == [0, 1, 2, 3, 4, 5]
 
 
 def test_train_writes_no_validation_log_unasked(base: Path, pictures: Path, tmp_path: Path) -> None:

@@ -185,7 +185,8 @@ def file_advice(path: Path, folder: OutputFolder, facts: model_families.ModelFac
             diffusers,
             going_on,
         ]
-    earlier = [other for other in folder.path.glob(f"*{path.suffix}") if other != path]
+    others = path, *folder.saved_best().values()
+    earlier = [other for other in folder.path.glob(f"*{path.suffix}") if other not in others]
     return [
         (path.name, "the LoRA; every program below reads this one file"),
         ("A1111 / Forge", f"copy to models/Lora as {stem}.safetensors, prompt <lora:{stem}:1>"),

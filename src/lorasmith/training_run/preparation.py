@@ -426,9 +426,10 @@ def _datasets(cfg: TrainConfig, resolution: Size) -> tuple[list[DatasetRules], l
             f"{data.dataset_config} says is_reg = true; write that, or leave the other out."
         )
     if not any(one.validation_split for one in file.datasets) and cfg.validation != config.ValidationSection():
+        given = list(cfg.validation.model_dump(exclude_defaults=True))
         raise UserError(
-            "validation_seed, validate_every_epochs and validate_every_steps are for held-out pictures, but "
-            f"validation_split, their share, is missing in {data.dataset_config}; write it, or leave the others out."
+            f"{' and '.join(given)} {'is' if len(given) == 1 else 'are'} for held-out pictures, but "
+            f"validation_split, their share, is missing in {data.dataset_config}; write it, or leave the other out."
         )
     return file.datasets, file.notes
 

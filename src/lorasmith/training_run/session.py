@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from lorasmith import config
+from lorasmith.best_steps import best_steps, has_stalled
 from lorasmith.cache_folder import Store
 from lorasmith.caching import (
     Encoded,
@@ -20,7 +21,7 @@ from lorasmith.config import TrainConfig
 from lorasmith.data.dataset import Dataset
 from lorasmith.formats import kohya
 from lorasmith.interrupt import StopRequest
-from lorasmith.loss_log import LossLog
+from lorasmith.loss_log import LossLog, read_log
 from lorasmith.memory import lent
 from lorasmith.models.base import LatentDiffusion
 from lorasmith.network import Network
@@ -41,7 +42,7 @@ from lorasmith.training_state import (
     save_state,
     step_of,
 )
-from lorasmith.validation import validation_loss
+from lorasmith.validation import Validation, short_names, validate
 from lorasmith.weight_average import WeightAverage
 
 _STOPPING = "stopping after this step, then saving; once more ends at once, without saving"
@@ -70,6 +71,7 @@ class Session:
         self.done = 0 if self.state is None else self.state.facts.step
         self.losses: LossLog | None = None
         self.validation_losses: LossLog | None = None
+        self.has_stalled = False  # whether the held-out pictures' loss went down too long ago
         self.samples: SamplesFolder | None = None
         self.board: Any = None
 
@@ -105,7 +107,7 @@ class Session:
         is_shown = self.cfg.log.progress and processes.is_main
         with Progress(total, self.done, processes.device, is_shown=is_shown) as progress:
             prepared = dataset.prefetch(range(self.done, total), processes.index, self.cfg.data.workers)
-            while self.done < total:
+            while self.done < total and not self.has_stalled:
                 with processes.together():
                     batches = next(prepared)
                 rate = self.ready.schedule.multiplier(self.done)
@@ -149,15 +151,32 @@ class Session:
         if plan is None:
             return ""
         with self._as_saved():
-            loss = validation_loss(
+            measured = validate(
                 self.model, plan, dataset.held_out(plan), self.processes, self.stepper.encode, self.stepper.objective,
                 workers=self.cfg.data.workers,
             )  # fmt: skip
-        if (log := self.validation_losses) is not None and self.done not in dict(log.losses):
-            log.append(self.done, loss)
+        with self.processes.together():
+            is_stalled = self._judge(measured) if self.processes.is_main else False
+        self.has_stalled = self.processes.sums([float(is_stalled)]) != [0.0]
+        return f"held-out pictures after step {self.done}: loss {measured.loss:.4f}"
+
+    def _judge(self, measured: Validation) -> bool:
+        """Log the held-out pictures' losses, keep the LoRA if it is one of the best; return whether to stop early."""
+        log, options, losses = self.validation_losses, self.cfg.validation, measured.pictures
+        assert log is not None
+        if self.done not in dict(log.losses):
+            names = short_names([self.ready.records[index].path for index in losses])
+            log.append(self.done, measured.loss, pictures=dict(zip(names, losses.values(), strict=True)))
             if self.board is not None:
-                self.board.add_scalar("loss/validation", loss, self.done)
-        return f"held-out pictures after step {self.done}: loss {loss:.4f}"
+                self.board.add_scalar("loss/validation", measured.loss, self.done)
+        if options.keep_best is not None:
+            best = best_steps(log.losses, options.keep_best)
+            if self.done in best:
+                self._save_lora(self.folder.best(self.done))
+            for step, path in self.folder.saved_best().items():
+                if step not in best:
+                    path.unlink()
+        return options.stop_early is not None and has_stalled(log.losses, options.stop_early)
 
     def _way_on(self) -> str:
         """Name the last whole state and the command that goes on from it more carefully; "" if there is none.
@@ -187,7 +206,7 @@ class Session:
         save, samples, done = self.cfg.save, self.cfg.samples, self.done
         steps_per_epoch = self.ready.plan.steps_per_epoch
         epoch = done // steps_per_epoch if done % steps_per_epoch == 0 else 0
-        if done == self.ready.total_steps:
+        if done == self.ready.total_steps or self.has_stalled:
             return
         paths = []
         every_epochs = self._epochs_between_saves()
@@ -248,7 +267,25 @@ class Session:
         if self.cfg.samples.before_after:
             self._draw()
         page = write_report(self.folder.report, self._report(path, norms))
-        print(f"\nthe LoRA: {path}\nthe report: {page}", flush=True)
+        if self.has_stalled:
+            print(
+                f"\nstopped after step {self.done} of {self.ready.total_steps}: the held-out pictures' loss has not "
+                f"gone down in the last {self.cfg.validation.stop_early} measurements (--stop-early)"
+            )
+        print(f"\nthe LoRA: {path}")
+        for name, kind in self._best():
+            print(f"{kind}: {self.folder.path / name}")
+        print(f"the report: {page}", flush=True)
+
+    def _best(self) -> list[tuple[str, str]]:
+        """Return the best file of those that --keep-best kept, and what it is."""
+        losses = [] if self.validation_losses is None else self.validation_losses.losses
+        kept = self.folder.saved_best() if self.cfg.validation.keep_best else {}
+        best = [step for step in best_steps(losses, 1) if step in kept]
+        return [
+            (kept[step].name, f"the lowest loss of held-out pictures, {dict(losses)[step]:.4f} after step {step}")
+            for step in best
+        ]
 
     def _open_folder(self, stack: ExitStack) -> None:
         if self.state is None and (aside := move_aside(self.folder)) is not None:
@@ -346,8 +383,17 @@ class Session:
             losses=self.losses.losses,
             validation=[] if self.validation_losses is None else self.validation_losses.losses,
             norms=norms,
-            files=file_advice(path, self.folder, self.ready.facts),
+            files=[*file_advice(path, self.folder, self.ready.facts), *self._best()],
+            pictures=self._picture_losses(),
             prompts=self.ready.prompts if after else [],
             before=before,
             after=after,
         )
+
+    def _picture_losses(self) -> dict[str, list[tuple[int, float]]]:
+        """Return the (step, loss) of each held-out picture, by its name."""
+        losses: dict[str, list[tuple[int, float]]] = {}
+        for line in [] if self.ready.validation is None else read_log(self.folder.validation_log):
+            for name, loss in line.get("pictures", {}).items():
+                losses.setdefault(name, []).append((line["step"], loss))
+        return losses
