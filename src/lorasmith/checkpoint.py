@@ -36,6 +36,7 @@ _MAX_NESTING = 3  # dictionaries around a state dict
 _MAGIC_NUMBER = 0x1950A86A20F9469CFC6C  # starts a legacy torch file
 _PARTS = ("unet", "vae", "text_encoder")
 _NESTED = ("state_dict", "model", "module")
+_WORDS = "string_to_param"  # what WebUI's embeddings call the tensors of theirs
 _DAMAGED = (
     ValueError, LookupError, TypeError, RuntimeError, OverflowError, EOFError, struct.error, zlib.error,
     zipfile.BadZipFile, safetensors.SafetensorError,
@@ -359,7 +360,12 @@ def _unpickle(file: IO[bytes], path: Path, size: int) -> Any:
 
 
 def _tensors_in(content: Any, depth: int) -> dict[str, TensorDescription]:
-    """Return the named tensors of a checkpoint, out of `state_dict` and the like; those of a list by their number."""
+    """Return the named tensors of a checkpoint, out of `state_dict` and the like; those of a list by their number.
+
+    A tensor alone is a list of one.
+    """
+    if isinstance(content, TensorDescription):
+        content = [content]
     if isinstance(content, list) and all(isinstance(value, TensorDescription) for value in content):
         return {str(number): value for number, value in enumerate(content)}
     if not isinstance(content, dict):
@@ -367,7 +373,14 @@ def _tensors_in(content: Any, depth: int) -> dict[str, TensorDescription]:
     for name in _NESTED if depth else ():
         if isinstance(content.get(name), dict) and (nested := _tensors_in(content[name], depth - 1)):
             return nested
-    return {str(name): value for name, value in content.items() if isinstance(value, TensorDescription)}
+    words = content.get(_WORDS)
+    places = {"": content, f"{_WORDS}.": words if isinstance(words, dict) else {}}
+    return {
+        f"{start}{name}": value
+        for start, place in places.items()
+        for name, value in place.items()
+        if isinstance(value, TensorDescription)
+    }
 
 
 def _open_folder(path: Path, stack: ExitStack) -> tuple[dict[str, _Reader], dict[str, dict[str, Any]]]:

@@ -166,6 +166,11 @@ class ModelSection(Section):
     clip_skip: Annotated[int, Field(ge=1, le=12)] = Field(
         default=1, description="Take the text encoder's n-th layer from the end."
     )
+    embeddings: list[Place] = Field(
+        default_factory=list,
+        description="Textual-inversion files, or folders of these; where their names stand in captions and prompts, "
+        "their vectors are used (docs/embeddings.md).",
+    )
 
 
 class NetworkSection(Section):

@@ -13,6 +13,7 @@ from lorasmith import plugins
 from lorasmith.checkpoint import Checkpoint
 from lorasmith.errors import UserError
 from lorasmith.models.base import AdapterPlace, LatentDiffusion, ModelFacts
+from lorasmith.models.embeddings import NO_EMBEDDINGS, Embeddings
 
 __all__ = [
     "AdapterPlace",
@@ -82,11 +83,18 @@ def gaps(checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
 
 
 def cut_captions(
-    checkpoint: Checkpoint, captions: Iterable[str], *, max_token_length: int, weighted_captions: bool
+    checkpoint: Checkpoint,
+    captions: Iterable[str],
+    *,
+    max_token_length: int,
+    weighted_captions: bool,
+    embeddings: Embeddings = NO_EMBEDDINGS,
 ) -> set[str]:
-    """Return those captions of which words find no place in that many tokens."""
+    """Return those captions of which words, or embeddings, find no place in that many tokens."""
     cut: Callable[..., set[str]] = _find(checkpoint).cut_captions
-    return cut(set(captions), max_token_length=max_token_length, weighted_captions=weighted_captions)
+    return cut(
+        set(captions), max_token_length=max_token_length, weighted_captions=weighted_captions, embeddings=embeddings
+    )
 
 
 def load(
@@ -100,6 +108,7 @@ def load(
     ema: bool = False,
     max_token_length: int = 75,
     weighted_captions: bool = False,
+    embeddings: Embeddings = NO_EMBEDDINGS,
 ) -> LatentDiffusion:
     """Load a base model, frozen: denoiser and text encoder in `dtype`, the VAE in fp32.
 
@@ -110,6 +119,7 @@ def load(
         ema: take the moving average of the weights where the file has it beside the last ones.
         max_token_length: how many tokens of a caption are used: 75, 150 or 225.
         weighted_captions: `(a:1.2)` and `[a]` in captions are weights.
+        embeddings: what captions may name besides words; as wide as the text encoder.
 
     Raises:
         UserError: not a base model of a supported family, or a damaged one.
@@ -117,7 +127,7 @@ def load(
     family = _find(checkpoint)
     return family.load(
         checkpoint, dtype=dtype, device=device, vae=vae, prediction=prediction, clip_skip=clip_skip, ema=ema,
-        max_token_length=max_token_length, weighted_captions=weighted_captions,
+        max_token_length=max_token_length, weighted_captions=weighted_captions, embeddings=embeddings,
     )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from lorasmith.diffusion import Prediction, stable_diffusion_schedule
 from lorasmith.errors import UserError
 from lorasmith.models import tokenizer
 from lorasmith.models.base import AdapterPlace, Conditioning, LatentDiffusion, ModelFacts
+from lorasmith.models.embeddings import NO_EMBEDDINGS, Embeddings
 from lorasmith.models.keys import sd as keys
 from lorasmith.models.keys import sd_blocks
 from lorasmith.models.keys.sd import Family, Shape, Source, Table
@@ -50,6 +51,7 @@ class StableDiffusion(LatentDiffusion):
         clip_skip: which of the text encoder's layers from the end gives the conditioning; 1: the last.
         max_token_length: 75, 150 or 225 tokens of a caption are used, in chunks of 75.
         weighted_captions: `(a:1.2)` and `[a]` in captions are weights.
+        embeddings: what captions may name besides words.
     """
 
     latent_factor = 8
@@ -69,6 +71,7 @@ class StableDiffusion(LatentDiffusion):
         clip_skip: int = 1,
         max_token_length: int = tokenizer.CHUNK,
         weighted_captions: bool = False,
+        embeddings: Embeddings = NO_EMBEDDINGS,
     ) -> None:
         super().__init__()
         self.family: Family = family
@@ -76,6 +79,9 @@ class StableDiffusion(LatentDiffusion):
         self.schedule = stable_diffusion_schedule(prediction)
         self._clip_skip = clip_skip
         self._num_chunks, self._is_weighted = max_token_length // tokenizer.CHUNK, weighted_captions
+        self._embeddings = embeddings
+        inputs = text_encoder.embeddings
+        inputs.token_embedding = self._embeddings.extend(inputs.token_embedding)
 
     def encode_text(self, captions: list[str]) -> Conditioning:
         """Return {"text": (B, 77, width)}, or 152 or 227 instead of 77; words that find no place are cut.
@@ -93,7 +99,7 @@ class StableDiffusion(LatentDiffusion):
 
     def count_tokens(self, captions: list[str]) -> list[int]:
         """Return how many tokens each caption has, uncut and without start and end."""
-        return [sum(map(len, _words(caption, self._is_weighted))) for caption in captions]
+        return [sum(map(len, _words(caption, self._is_weighted, self._embeddings))) for caption in captions]
 
     @torch.no_grad()
     def encode_image(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,7 +112,11 @@ class StableDiffusion(LatentDiffusion):
         return {"vae": _settings(self.vae.config), "scale": LATENT_SCALE, "form": "mean and std of the posterior"}
 
     def text_encoding(self) -> dict[str, Any]:
-        """Return the text encoder's structure, its tokenizer, and how captions are cut, read and weighted."""
+        """Return the text encoder's structure, its tokenizer, and how captions are cut, read and weighted.
+
+        Embeddings are among it only where there are any, so that what was cached without them is found.
+        """
+        embeddings = {"embeddings": sorted(one.identity for one in self._embeddings)} if self._embeddings else {}
         return {
             "text_encoder": _settings(self.text_encoder.config.to_dict()),
             "attention": self.text_encoder.config._attn_implementation,
@@ -115,6 +125,7 @@ class StableDiffusion(LatentDiffusion):
             "clip_skip": self._clip_skip,
             "chunks": self._num_chunks,
             "weighted": self._is_weighted,
+            **embeddings,
         }
 
     @torch.no_grad()
@@ -160,7 +171,7 @@ class StableDiffusion(LatentDiffusion):
         shape = (len(captions), self._num_chunks, tokenizer.NUM_POSITIONS)
         ids, factors = torch.full(shape, _PAD[self.family]), torch.ones(shape)
         for row, caption in enumerate(captions):
-            filled, _ = tokenizer.chunks(_words(caption, self._is_weighted), self._num_chunks)
+            filled, _ = tokenizer.chunks(_words(caption, self._is_weighted, self._embeddings), self._num_chunks)
             for number, chunk in enumerate(filled):
                 line = [tokenizer.START, *(token for token, _ in chunk), tokenizer.END]
                 ids[row, number, : len(line)] = torch.tensor(line)
@@ -173,17 +184,20 @@ def _settings(config: Mapping[str, Any]) -> dict[str, str]:
     return {name: str(value) for name, value in config.items() if not name.startswith("_") and "version" not in name}
 
 
-def _words(caption: str, is_weighted: bool) -> list[list[tokenizer.Token]]:
-    return tokenizer.words(weights(caption) if is_weighted else [(caption, 1.0)])
+def _words(caption: str, is_weighted: bool, embeddings: Embeddings) -> list[list[tokenizer.Token]]:
+    return embeddings.words(weights(caption) if is_weighted else [(caption, 1.0)])
 
 
-def cut_captions(captions: Collection[str], *, max_token_length: int, weighted_captions: bool) -> set[str]:
+def cut_captions(
+    captions: Collection[str], *, max_token_length: int, weighted_captions: bool, embeddings: Embeddings
+) -> set[str]:
     """Return those captions of which words find no place in that many tokens."""
     num_chunks = max_token_length // tokenizer.CHUNK
     if not weighted_captions:  # what fits into one chunk needs no closer look
         counts = zip(captions, tokenizer.count(captions), strict=True)
-        captions = [caption for caption, number in counts if number > tokenizer.CHUNK]
-    return {caption for caption in captions if not tokenizer.chunks(_words(caption, weighted_captions), num_chunks)[1]}
+        captions = [text for text, number in counts if number > tokenizer.CHUNK or embeddings.used_in(text)]
+    found = {caption: _words(caption, weighted_captions, embeddings) for caption in captions}
+    return {caption for caption, words in found.items() if not tokenizer.chunks(words, num_chunks)[1]}
 
 
 # --- what a checkpoint is ---------------------------------------------------------------------------------------------
@@ -198,6 +212,10 @@ class _Layout:
     text: Table
     vae: Table | None
 
+    def by_component(self) -> dict[str, Table]:
+        """Return the tables of what adapters go on, by diffusers' names of the parts."""
+        return {"unet": self.unet, "text_encoder": self.text}
+
 
 @dataclass(frozen=True)
 class _Details:
@@ -208,10 +226,6 @@ class _Details:
     vae_groups: int = 32
     text_heads: int | None = None
     resolution: tuple[int, int] | None = None
-
-    def by_component(self) -> dict[str, Table]:
-        """Return the tables of what adapters go on, by diffusers' names of the parts."""
-        return {"unet": self.unet, "text_encoder": self.text}
 
 
 @dataclass(frozen=True)
@@ -364,6 +378,7 @@ def load(
     ema: bool,
     max_token_length: int,
     weighted_captions: bool,
+    embeddings: Embeddings,
 ) -> StableDiffusion:
     """Load the model, frozen: U-Net and text encoder in `dtype`, the VAE in fp32, tensor by tensor.
 
@@ -394,7 +409,7 @@ def load(
         assert layout.vae is not None, "describe has looked"
         own_vae = _load_vae(loader, layout.vae)
     return StableDiffusion(
-        layout.family, unet, text, own_vae, facts.prediction, clip_skip, max_token_length, weighted_captions
+        layout.family, unet, text, own_vae, facts.prediction, clip_skip, max_token_length, weighted_captions, embeddings
     )
 
 

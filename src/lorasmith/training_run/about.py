@@ -1,5 +1,6 @@
 """What a run says of the file that it saves: in its metadata, and to the person who made it."""
 
+import json
 import os
 import time
 from collections import Counter
@@ -20,6 +21,7 @@ from lorasmith.network import adapter_class
 from lorasmith.output_folder import OutputFolder
 from lorasmith.training_run.preparation import Preparation
 
+_EMBEDDINGS_KEY = "lorasmith.embeddings"  # the names of those that captions used, a JSON list
 _SMALLEST_REAL_WIDTH = 320  # channels of the U-Net in every SD 1 and 2
 
 
@@ -128,6 +130,8 @@ def file_metadata(cfg: TrainConfig, ready: Preparation, step: int, started_at: f
     if data.dataset_config is not None:
         values |= dataset_metadata.describe(ready.datasets, ready.records, plan, shares_captions=save.share_captions)
     full = metadata.training(values)
+    if save.share_captions and ready.words.num_captions:
+        full[_EMBEDDINGS_KEY] = json.dumps(sorted(ready.words.num_captions))
     return {**(full if save.metadata == "full" else metadata.minimal(full)), **spec}
 
 

@@ -31,6 +31,7 @@ def load_model(cfg: TrainConfig, ready: Preparation, device: torch.device) -> La
             ema=cfg.model.ema,
             max_token_length=cfg.data.max_token_length,
             weighted_captions=cfg.data.weighted_captions,
+            embeddings=ready.words.embeddings,
         )
 
 

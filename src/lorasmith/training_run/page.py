@@ -29,6 +29,7 @@ from lorasmith.progress import memory_free
 from lorasmith.training_run.encoding import kept_captions, makers_of, trains_text_encoder, wanted_latents
 from lorasmith.training_run.loading import DTYPES
 from lorasmith.training_run.objective import objective_line
+from lorasmith.training_run.own_words import own_word_lines
 from lorasmith.training_run.preparation import Preparation, network_rules, one_or_each, output_folder
 
 _ENCODED_TITLES: dict[Encoded, str] = {"latents": "latents", "text": "text embeddings"}
@@ -54,6 +55,7 @@ def describe_plan(cfg: TrainConfig, ready: Preparation, processes: Processes) ->
         "data sets": dataset_lines(ready.datasets, ready.records, plan.repeats) if cfg.data.dataset_config else [],
         "pictures": ready.notes,
         "captions": caption_lines(training_records) + _caption_rules(ready),
+        "embeddings": own_word_lines(ready.words, len(ready.records), [*ready.prompts, cfg.samples.negative]),
         "shapes": shape_lines(ready.records, ready.crops),
         "masks": mask_lines(ready.records, cfg.data.mask_background, by_area=cfg.data.mask_loss == "area"),
         "latents": [

@@ -23,12 +23,13 @@ from lorasmith.data.plan import Plan, build_plan, validation_plan
 from lorasmith.data.records import ImageRecord
 from lorasmith.data.subsets import Augmentation, DatasetRules, Subset
 from lorasmith.errors import UserError
-from lorasmith.formats import kohya
+from lorasmith.formats import embeddings, kohya
 from lorasmith.network import Network, Rule, adapter_class, check_ranks, match
 from lorasmith.optimizers.base import builder
 from lorasmith.output_folder import OutputFolder, check_free
 from lorasmith.processes import Processes
 from lorasmith.training_run.objective import check_prediction
+from lorasmith.training_run.own_words import OwnWords, own_words
 from lorasmith.training_run.resuming import run_folder
 from lorasmith.training_state import (
     State,
@@ -61,6 +62,7 @@ class Preparation:
     total_steps: int
     schedule: lr.Schedule
     prompts: list[str]
+    words: OwnWords
     cached: list[bool]  # of each data set, whether its latents are
     npz: "NpzFiles"
     fingerprint: str
@@ -90,6 +92,7 @@ def prepare(cfg: TrainConfig, processes: Processes, state: State | None) -> Prep
         facts = model_families.describe(checkpoint, v2=cfg.model.v2, prediction=cfg.model.prediction, vae=cfg.model.vae)
         shapes = model_families.target_shapes(checkpoint)
     check_prediction(cfg.loss, facts.prediction)
+    found = embeddings.read(cfg.model.embeddings, width=facts.text_width)
     rules = network_rules(cfg)
     shapes = {name: shapes[name] for name in match(shapes, rules)}
     if cfg.network.weights is None:
@@ -118,16 +121,17 @@ def prepare(cfg: TrainConfig, processes: Processes, state: State | None) -> Prep
     schedule = _schedule(cfg.optimizer, total_steps)
     cached = [_caches_latents(cfg, dataset) for dataset in datasets]
     npz = _npz_files(cfg, facts, gathered, cached, processes)
-    fingerprint = _fingerprint(gathered, npz, plan.num_processes)
+    words = own_words(*found, gathered.records, gathered.subsets)
+    fingerprint = _fingerprint(gathered, npz, words, plan.num_processes)
     if state is not None:
-        _check_processes_of_shards(state, gathered, plan, npz)
+        _check_processes_of_shards(state, gathered, plan, npz, words)
         _check_resumable(state, fingerprint, plan, total_steps)
     return Preparation(
         facts, precision, shapes, rank, alpha, datasets[0].resolution, datasets, gathered.records, gathered.crops,
         [subset.for_run_of(total_steps) for subset in gathered.subsets],
-        [*notes, *gathered.notes, *_cut_notes(cfg, gathered), *plan.notes],
+        [*notes, *gathered.notes, *_cut_notes(cfg, gathered, words), *plan.notes],
         plan, validation_plan(plan, gathered.records, seed=_validation_seed(cfg)), total_steps, schedule,
-        _prompts(cfg, gathered), cached, npz, fingerprint, state, cache_place, say,
+        _prompts(cfg, gathered), words, cached, npz, fingerprint, state, cache_place, say,
         thumbnail_url(cfg.save.thumbnail) if cfg.save.thumbnail else None,
     )  # fmt: skip
 
@@ -199,7 +203,7 @@ def _npz_facts(files: NpzFiles) -> list[str]:
     return [f"{index} {content_hash}" for index, (_, content_hash) in files.found.items()]
 
 
-def _fingerprint(gathered: Gathered, npz: NpzFiles, num_processes: int) -> str:
+def _fingerprint(gathered: Gathered, npz: NpzFiles, words: OwnWords, num_processes: int) -> str:
     """Return what stands for the data in a state: nothing in it says where they lie, unless processes share shards."""
     facts = [f"{record.identity} {crop}" for record, crop in zip(gathered.records, gathered.crops, strict=True)] + [
         str(subset.placeless) for subset in gathered.subsets
@@ -207,7 +211,7 @@ def _fingerprint(gathered: Gathered, npz: NpzFiles, num_processes: int) -> str:
     shards = [record.shard for record in gathered.records]
     if num_processes > 1 and any(shard is not None for shard in shards):
         facts += [f"{num_processes} processes", str(shards)]
-    return data_fingerprint(facts + _npz_facts(npz))
+    return data_fingerprint(facts + _npz_facts(npz) + words.facts())
 
 
 def choose_precision(name: str, device: torch.device) -> str:
@@ -251,10 +255,10 @@ def require_options(cfg: TrainConfig) -> None:
         )
 
 
-def _check_processes_of_shards(state: State, gathered: Gathered, plan: Plan, npz: NpzFiles) -> None:
+def _check_processes_of_shards(state: State, gathered: Gathered, plan: Plan, npz: NpzFiles, words: OwnWords) -> None:
     """Refuse to go on with shards that were shared among another number of processes."""
     counts = range(1, max(state.facts.unit_sizes) + 1)
-    fingerprint = partial(_fingerprint, gathered, npz)
+    fingerprint = partial(_fingerprint, gathered, npz, words)
     before = next((count for count in counts if state.facts.data_fingerprint == fingerprint(count)), None)
     if before is not None and fingerprint(before) != fingerprint(plan.num_processes):
         raise UserError(
@@ -268,9 +272,9 @@ def _check_resumable(state: State, fingerprint: str, plan: Plan, total_steps: in
     """Refuse to go on with other data, another global batch, or a run that is over."""
     if state.facts.data_fingerprint != fingerprint:
         raise UserError(
-            "the pictures, captions or masks are not those that the run was started with, or the dataset file or .npz "
-            "files say something else of them, so it cannot go on as it was. Put them back, or start a new run from "
-            "the saved LoRA with --weights."
+            "the pictures, captions or masks are not those that the run was started with, or the dataset file, .npz "
+            "files or embeddings make something else of them, so it cannot go on as it was. Put them back, or start a "
+            "new run from the saved LoRA with --weights."
         )
     if state.facts.unit_sizes != plan.unit_sizes:
         raise UserError(
@@ -464,7 +468,7 @@ def _caption_options(data: config.DataSection) -> CaptionOptions:
     )
 
 
-def _cut_notes(cfg: TrainConfig, gathered: Gathered) -> list[str]:
+def _cut_notes(cfg: TrainConfig, gathered: Gathered, words: OwnWords) -> list[str]:
     """Name the pictures whose captions are longer than the text encoder is given."""
     data, subsets = cfg.data, gathered.subsets
     texts = [
@@ -477,6 +481,7 @@ def _cut_notes(cfg: TrainConfig, gathered: Gathered) -> list[str]:
             (text for _, several in texts for text in several),
             max_token_length=data.max_token_length,
             weighted_captions=data.weighted_captions,
+            embeddings=words.embeddings,
         )
     names = [name for name, several in texts if cut & set(several)]
     if not names:

@@ -14,7 +14,7 @@ from lorasmith.training_state import find_state
 
 OF_ONE_START: Any = {"resume": True, "save": {"overwrite"}}  # options that a resumed run does not take over
 _PLACES = (  # options of a run that name something on the disk, so that it can be gone on with from anywhere
-    ("model", "base"), ("model", "vae"), ("network", "weights"),
+    ("model", "base"), ("model", "vae"), ("model", "embeddings"), ("network", "weights"),
     ("data", "images"), ("data", "regularization"), ("data", "captions"), ("data", "masks"),
     ("data", "dataset_config"), ("data", "npz_dir"), ("save", "thumbnail"),
 )  # fmt: skip
@@ -37,11 +37,11 @@ def merged_options(given: TrainConfig, run_folder: Path) -> TrainConfig:
     stored.setdefault("save", {})["output"] = str(run_folder)
     merged = merge_options(stored, given.model_dump(exclude_unset=True, mode="json"))
     for section, option in _PLACES:
-        value = merged.get(section, {}).get(option)
-        if value is not None and os.path.isabs(value) and not (os.path.exists(value) or is_shards(value)):
-            raise UserError(
-                f"--resume: {value}, the run's {option}, is not there any more; give its new place with --{option}."
-            )
+        for value in _listed(merged.get(section, {}).get(option)):
+            if os.path.isabs(value) and not (os.path.exists(value) or is_shards(value)):
+                raise UserError(
+                    f"--resume: {value}, the run's {option}, is not there any more; give its new place with --{option}."
+                )
     return config.build(TrainConfig, merged)
 
 
@@ -51,6 +51,13 @@ def with_whole_paths(options: dict[str, Any]) -> dict[str, Any]:
         options["data"]["dataset_root"] = os.path.abspath(options["data"].get("dataset_root", "."))
     for section, option in _PLACES:
         value = options.get(section, {}).get(option)
-        if value is not None and (os.path.exists(value) or is_shards(value)):
-            options[section][option] = os.path.abspath(value)
+        whole = [os.path.abspath(one) if os.path.exists(one) or is_shards(one) else one for one in _listed(value)]
+        if whole:
+            options[section][option] = whole if isinstance(value, list) else whole[0]
     return options
+
+
+def _listed(value: str | list[str] | None) -> list[str]:
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
