@@ -1,7 +1,7 @@
 """Sums of LoRAs without a base: held to the definition, layer by layer, for any ranks, alphas and ratios."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lorasmith.errors import UserError
-from lorasmith.formats.kohya import LoraFile
-from lorasmith.lora_files import energy_share, tensors_of
-from lorasmith.lora_merging import MERGED_KEY, Merged, merge, metadata
+from lorasmith.formats.dialects import AnyLora
+from lorasmith.lora_files import contents_of, energy_share, tensors_of
+from lorasmith.lora_merging import MERGED_KEY, Merged, Ratios, merge, metadata
 from tests.random_lora import CONV, PROJ_IN, SHAPES, TE, TO_K, deltas_of, make_lora, ranks_of
 
 ratios_of = st.floats(-2, 2).filter(lambda ratio: abs(ratio) > 0.01)
@@ -26,14 +26,18 @@ weighted = st.lists(st.tuples(loras, ratios_of, ratios_of), min_size=1, max_size
 Weighted = list[tuple[dict[str, Tensor], float, float]]
 
 
-def file_of(tensors: dict[str, Tensor], name: str = "a", family: str = "unknown", **header: str) -> LoraFile:
-    return LoraFile(Path(f"{name}.safetensors"), tensors, header, family)
+def file_of(tensors: dict[str, Tensor], name: str = "a", family: str = "unknown", **header: str) -> AnyLora:
+    return AnyLora(Path(f"{name}.safetensors"), "kohya", family, tensors, header, {})
+
+
+def merge_files(files: Sequence[AnyLora], ratios: Sequence[Ratios], rank: int | None = None) -> Merged:
+    return merge(files, [contents_of(file) for file in files], ratios, rank=rank)
 
 
 def merged(given_loras: Weighted, rank: int | None = None) -> Merged:
     files = [file_of(tensors) for tensors, _, _ in given_loras]
     ratios = [{"unet": unet, "text_encoder": text_encoder} for _, unet, text_encoder in given_loras]
-    return merge(files, ratios, rank=rank)
+    return merge_files(files, ratios, rank)
 
 
 def expected_sum(given_loras: Weighted) -> dict[str, Tensor]:
@@ -109,12 +113,12 @@ def test_other_families_and_shapes_are_refused_with_the_reason() -> None:
     files = [file_of(make_lora(), "a", "sd1"), file_of(make_lora(), "b", "sd2")]
     both = [{"unet": 1.0, "text_encoder": 1.0}] * 2
     with pytest.raises(UserError, match=r"a.safetensors is for Stable Diffusion 1.x and b.*768 and 1024"):
-        merge(files, both)
+        merge_files(files, both)
     wider = file_of(make_lora({TO_K: (16, 32)}), "wider")
     with pytest.raises(UserError, match=f"{TO_K} has weights of 16 x 24 in a.safetensors but of 16 x 32 in wider"):
-        merge([files[0], wider], both)
+        merge_files([files[0], wider], both)
     with pytest.raises(UserError, match="10 x 8 x 3 x 3"):
-        merge([files[0], file_of(make_lora({CONV: (10, 8)}))], both)
+        merge_files([files[0], file_of(make_lora({CONV: (10, 8)}))], both)
 
 
 def test_metadata_hold_what_the_files_agree_on_and_where_they_are_from() -> None:
@@ -122,7 +126,7 @@ def test_metadata_hold_what_the_files_agree_on_and_where_they_are_from() -> None
     two = {"ss_v2": "False", "ss_seed": "2", "modelspec.architecture": "x/lora", "sshs_model_hash": "ff"}
     files = [file_of(make_lora(), "a", "sd1", **one), file_of(make_lora(rank=2), "b", "unknown", **two)]
     ratios = [{"unet": 0.8, "text_encoder": 0.5}, {"unet": -1.0, "text_encoder": 1.0}]
-    found = metadata(files, ratios, merge(files, ratios).layers, title="both", time=0)
+    found = metadata(files, ratios, merge_files(files, ratios).layers, title="both", time=0)
     assert json.loads(found.pop(MERGED_KEY)) == [
         {"file": "a.safetensors", "ratios": ratios[0], "sshs_model_hash": None},
         {"file": "b.safetensors", "ratios": ratios[1], "sshs_model_hash": "ff"},

@@ -1,8 +1,12 @@
 """What the tools for LoRA files share: a file's layers as low-rank matrices and back, what was kept of them, and where
 a result may be written.
+
+Changes of other kinds become low-rank matrices where that is exact; those of which the change depends on the model's
+weight cannot. Changes of norms, embeddings and biases stay what they are.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +17,10 @@ from torch import Tensor
 from lorasmith.adapters.lora import LoRA
 from lorasmith.errors import UserError
 from lorasmith.formats import kohya
-from lorasmith.lowrank import Factors
-from lorasmith.network import PARTS, group_by_module, part_of
+from lorasmith.formats.dialects import AnyLora, kind_of
+from lorasmith.lowrank import Factors, decompose
+from lorasmith.models.keys import sd as keys
+from lorasmith.network import PARTS, group_by_module, part_of, recognise
 
 _SUFFIXES = (".safetensors", ".pt", ".ckpt")
 _BLOCK = re.compile(r"down_blocks_\d+|mid_block|up_blocks_\d+")
@@ -35,6 +41,57 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Whole:
+    """A change that stays as it is, in fp32: of a norm's or an embedding's weight, or of a layer with its bias."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def scaled(self, factor: float) -> "Whole":
+        """Return `factor` times the change."""
+        return Whole(*(None if part is None else part * factor for part in (self.weight, self.bias)))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what a file holds of it: LyCORIS' norm for norms, and full for all else."""
+        names = ("w_norm", "b_norm") if self.weight is not None and self.weight.dim() == 1 else ("diff", "diff_b")
+        parts = zip(names, (self.weight, self.bias), strict=True)
+        return {name: part for name, part in parts if part is not None}
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What is in a LoRA file.
+
+    Args:
+        layers: low-rank matrices, by saved name.
+        wholes: the other changes, by saved name.
+        kinds: how many layers are of which kind of change in the file.
+    """
+
+    layers: dict[str, Layer]
+    wholes: dict[str, Whole]
+    kinds: Counter[str]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.layers or name in self.wholes
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the weights that change; a bias alone has none."""
+        whole = {name: tuple(own.weight.shape) for name, own in self.wholes.items() if own.weight is not None}
+        return {name: layer.shape for name, layer in self.layers.items()} | whole
+
+    def told(self) -> list[str]:
+        """Return lines for a person on what is no LoRA in the file, and what becomes of it."""
+        others = {kind: count for kind, count in self.kinds.items() if kind not in ("LoRA", "full", "norm")}
+        lines = [f"  {count} {kind} layers become LoRA, which is exact" for kind, count in others.items()]
+        if full := self.kinds["full"] + self.kinds["norm"] - len(self.wholes):
+            lines.append(f"  {full} full differences become LoRA of the rank that they have")
+        if self.wholes:
+            lines.append(f"  {len(self.wholes)} changes of norms, embeddings, or weight and bias stay whole")
+        return lines
+
+
+@dataclass(frozen=True)
 class Kept:
     """Of one layer: the rank that it has now, and the squared Frobenius norms of what was kept and of all there was."""
 
@@ -43,8 +100,113 @@ class Kept:
     total: float
 
 
+def told_extras(file: AnyLora) -> list[str]:
+    """Return lines for a person on what of a file is used by nothing, and what was assumed."""
+    counts = Counter(file.extras.values()).most_common()
+    return [*(f"  not used: {count} tensors, {what}" for what, count in counts), *(f"  note: {n}" for n in file.notes)]
+
+
+_NEED_BASE = {"DoRA", "GLoRA", "OFT", "BOFT", "IA3"}
+
+
+def contents_of(file: AnyLora) -> Contents:
+    """Return what a file of any dialect and kind holds, sorted by saved name.
+
+    Raises:
+        UserError: it is for another model family, a change depends on the model's weights, or it is damaged.
+    """
+    if file.family not in ("sd1", "sd2", "unknown"):
+        raise UserError(f"{file.path} is a LoRA for {file.family}; expected is one for Stable Diffusion 1.x or 2.x.")
+    tensors_by_layer = dict(sorted(file.layers().items()))
+    kinds = Counter(str(kind_of(own)) for own in tensors_by_layer.values())
+    needy = [name for name, own in tensors_by_layer.items() if kind_of(own) in _NEED_BASE or "dora_scale" in own]
+    if needy:
+        told = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        raise UserError(
+            f"{file.path} ({told}): what {len(needy)} of its layers change depends on the model's own weights "
+            f"({_shorten(needy)}), so it is no sum of LoRAs. Merge it into the model (lorasmith merge --model), and "
+            "take the result as a LoRA again (lorasmith extract) if you need one."
+        )
+    contents = Contents({}, {}, kinds)
+    problems: list[str] = []
+    for name, own in tensors_by_layer.items():
+        try:
+            one = _change(name, own, file.family)
+        except ValueError as error:
+            problems.append(f"{name}: {error}")
+            continue
+        if isinstance(one, Layer):
+            contents.layers[name] = one
+        else:
+            contents.wholes[name] = one
+    _refuse_damaged(file.path, problems, len(tensors_by_layer))
+    return contents
+
+
+def _change(name: str, tensors: Mapping[str, Tensor], family: str) -> Layer | Whole:
+    if not name.startswith(tuple(PARTS)):
+        raise ValueError(f"a layer's name starts with {' or '.join(PARTS)}")
+    if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
+        raise ValueError("NaN or infinity in it")
+    if "lora_mid.weight" in tensors:
+        tensors = _without_mid(tensors)
+    if "lora_down.weight" in tensors:
+        return _layer(tensors)
+    if tensors.keys() <= {"diff_b", "alpha"}:
+        return Whole(None, tensors["diff_b"].float())
+    shape = _stored_shape(tensors)
+    with torch.no_grad():
+        adapter = recognise(tensors).from_tensors(shape, tensors).double()
+        delta, bias = adapter.delta(torch.zeros(shape)), adapter.delta_bias(None)
+    if len(shape) < 2 or bias is not None or "_embeddings_" in name:
+        return Whole(delta.float(), None if bias is None else bias.detach().float())
+    kernel = shape[2:] or keys.kernel(name, family)
+    num_in = delta[0].numel() // torch.Size(kernel).numel()
+    found = decompose(delta.flatten(1))
+    limit = found.values[0] * max(delta.shape) * torch.finfo(delta.dtype).eps
+    factors = found.cut(max(int((found.values > limit).sum()), 1))
+    return Layer((shape[0], num_in, *kernel), Factors(factors.up.float(), factors.down.float()), float(factors.rank))
+
+
+def _without_mid(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a Tucker LoCon as a LoCon, exactly: the kernel in the middle goes into `down`."""
+    mid, down = tensors["lora_mid.weight"].float(), tensors["lora_down.weight"].float().flatten(1)
+    if mid.dim() != 4 or mid.shape[1] != down.shape[0]:
+        raise ValueError(f"mid {tuple(mid.shape)} and down {tuple(down.shape)} do not fit each other")
+    whole = torch.einsum("mnhw,ni->mihw", mid.double(), down.double()).float()
+    return {
+        **{tail: tensor for tail, tensor in tensors.items() if tail != "lora_mid.weight"},
+        "lora_down.weight": whole,
+    }
+
+
+def _stored_shape(tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """Return the shape of the layer's weight, or (out, in * kernel) where the tensors do not tell the kernel."""
+    shapes = {tail: tuple(tensor.shape) for tail, tensor in tensors.items()}
+    if "hada_t1" in shapes:
+        return (shapes["hada_w1_a"][1], shapes["hada_w1_b"][1], *shapes["hada_t1"][2:])
+    if "hada_w1_a" in shapes:
+        return (shapes["hada_w1_a"][0], shapes["hada_w1_b"][1])
+    if "lokr_w1" in shapes or "lokr_w1_a" in shapes:
+        first = shapes.get("lokr_w1") or (shapes["lokr_w1_a"][0], shapes["lokr_w1_b"][1])
+        if "lokr_t2" in shapes:
+            second = (shapes["lokr_w2_a"][1], shapes["lokr_w2_b"][1], *shapes["lokr_t2"][2:])
+        else:
+            second = shapes.get("lokr_w2") or (shapes["lokr_w2_a"][0], shapes["lokr_w2_b"][1])
+        return (first[0] * second[0], first[1] * second[1], *second[2:])
+    return next(shapes[tail] for tail in ("diff", "w_norm", "b_norm") if tail in shapes)
+
+
+def _refuse_damaged(path: Path, problems: Sequence[str], num_layers: int) -> None:
+    if problems:
+        raise UserError(
+            f"{path} is damaged: {len(problems)} of {num_layers} layers cannot be used: {_shorten(problems)}. "
+            "Get it anew, or train it again."
+        )
+
+
 def layers_of(file: kohya.LoraFile) -> dict[str, Layer]:
-    """Return a file's layers by saved name, sorted.
+    """Return the layers of a file that holds nothing but LoRA, by saved name, sorted.
 
     Raises:
         UserError: factors are missing or do not fit each other, or a number is NaN or infinite.
@@ -58,11 +220,7 @@ def layers_of(file: kohya.LoraFile) -> dict[str, Layer]:
             layers[name] = _layer(tensors)
         except ValueError as error:
             problems.append(f"{name}: {error}")
-    if problems:
-        raise UserError(
-            f"{file.path} is damaged: {len(problems)} of {len(problems) + len(layers)} layers cannot be used: "
-            f"{_shorten(problems)}. Get it anew, or train it again."
-        )
+    _refuse_damaged(file.path, problems, len(problems) + len(layers))
     return layers
 
 
@@ -80,9 +238,10 @@ def _layer(tensors: Mapping[str, Tensor]) -> Layer:
     return Layer(shape, factors, adapter.alpha.item())
 
 
-def tensors_of(layers: Mapping[str, Layer]) -> dict[str, Tensor]:
+def tensors_of(layers: Mapping[str, Layer], wholes: Mapping[str, Whole] | None = None) -> dict[str, Tensor]:
     """Return the layers as a file has them, in fp32; undoes `layers_of`."""
-    return {
+    whole = {f"{name}.{key}": tensor for name, own in (wholes or {}).items() for key, tensor in own.tensors().items()}
+    return whole | {
         f"{name}.{key}": tensor
         for name, layer in layers.items()
         for key, tensor in {
@@ -170,18 +329,26 @@ def check_output(output: Path | None, inputs: Sequence[Path], *, overwrite: bool
     return output
 
 
-def save(output: Path, layers: Mapping[str, Layer], metadata: Mapping[str, str], precision: str) -> str:
+def save(
+    output: Path,
+    layers: Mapping[str, Layer],
+    metadata: Mapping[str, str],
+    precision: str,
+    wholes: Mapping[str, Whole] | None = None,
+) -> str:
     """Write the LoRA, read it back, and return a line about it.
 
     Raises:
         UserError: a number does not fit the precision, the disk is full, or the file reads back otherwise.
     """
-    tensors = tensors_of(layers)
+    tensors = tensors_of(layers, wholes)
     kohya.write(output, tensors, metadata, precision=precision)
     norms = kohya.check(output, tensors, precision=precision)
-    norm = sum(norm**2 for norm in norms.values()) ** 0.5
+    parts = [part for whole in (wholes or {}).values() for part in whole.tensors().values()]
+    norm = sum(norm**2 for norm in [*norms.values(), *(part.norm().item() for part in parts)]) ** 0.5
     size = output.stat().st_size / 1e6
-    return f"wrote {output}: {len(layers)} layers, {size:.1f} MB, {precision}, norm of the change {norm:.4g}"
+    count = len(layers) + len(wholes or {})
+    return f"wrote {output}: {count} layers, {size:.1f} MB, {precision}, norm of the change {norm:.4g}"
 
 
 def _shorten(items: Sequence[str]) -> str:

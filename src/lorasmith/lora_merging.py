@@ -7,19 +7,24 @@ rank and alpha can be merged. A layer that a file does not have is not changed b
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from lorasmith.adapters.lora import product_norm
 from lorasmith.errors import UserError
+from lorasmith.formats.dialects import AnyLora
 from lorasmith.formats.kohya import LoraFile
-from lorasmith.lora_files import Kept, Layer, dim_metadata, layers_of
+from lorasmith.lora_files import Contents, Kept, Layer, Whole, dim_metadata
 from lorasmith.lowrank import Factors, concatenate, decompose_product
 from lorasmith.network import part_of
 from lorasmith.progress import counted
 
 Ratios = Mapping[str, float]  # by the model's part: `unet` and `text_encoder`
+Files = Sequence[LoraFile] | Sequence[AnyLora]
 
 MERGED_KEY = "lorasmith.merged"
 _TITLES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x"}
@@ -28,16 +33,20 @@ _VERSIONS = {"sd1": {"ss_v2": "False", "ss_base_model_version": "sd_v1"}, "sd2":
 
 @dataclass(frozen=True)
 class Merged:
-    """The layers of the sum by saved name, and what of each was kept."""
+    """The layers of the sum by saved name, what of each was kept, and the changes that are no low-rank matrices."""
 
     layers: dict[str, Layer]
     kept: dict[str, Kept]
+    wholes: dict[str, Whole]
 
 
-def merge(files: Sequence[LoraFile], ratios: Sequence[Ratios], *, rank: int | None = None) -> Merged:
+def merge(files: Files, contents: Sequence[Contents], ratios: Sequence[Ratios], *, rank: int | None = None) -> Merged:
     """Return the sum of the files, each times its ratios.
 
+    A layer that one of them changes as a whole (norms, embeddings, weight and bias) stays whole.
+
     Args:
+        contents: what is in the files.
         rank: cut each layer to this rank, to the nearest there is; None: the exact sum, whose rank is the sum of ranks.
 
     Raises:
@@ -45,27 +54,50 @@ def merge(files: Sequence[LoraFile], ratios: Sequence[Ratios], *, rank: int | No
             leave nothing of it.
     """
     check_families(files)
-    sources = [_scaled_layers(file, own) for file, own in zip(files, ratios, strict=True)]
+    sources = [_scaled(file, own, ratio) for file, own, ratio in zip(files, contents, ratios, strict=True)]
     shapes = _common_shapes(files, sources)
+    whole = sorted({name for source in sources for name in source.wholes})
+    wholes = {name: _sum_whole([source for source in sources if name in source], name) for name in whole}
     layers: dict[str, Layer] = {}
     kept: dict[str, Kept] = {}
-    for name in counted(sorted(shapes), len(shapes), "merging layers", unit="layer", is_shown=True):
-        parts = [source[name].factors for source in sources if name in source]
+    names = sorted(shapes.keys() - wholes.keys())
+    for name in counted(names, len(names), "merging layers", unit="layer", is_shown=True):
+        parts = [source.layers[name].factors for source in sources if name in source.layers]
         factors, kept[name] = _sum(parts, rank)
         layers[name] = Layer(shapes[name], factors, float(factors.rank))
-    return Merged(layers, kept)
+    return Merged(layers, kept, wholes)
 
 
-def _scaled_layers(file: LoraFile, ratios: Ratios) -> dict[str, Layer]:
+def _scaled(file: LoraFile | AnyLora, contents: Contents, ratios: Ratios) -> Contents:
     """Return the layers of a file that its ratios leave, with ratio * alpha / rank in their factors."""
     layers = {
         name: Layer(layer.shape, layer.factors.scaled(ratio * layer.scale), float(layer.factors.rank))
-        for name, layer in layers_of(file).items()
+        for name, layer in contents.layers.items()
         if (ratio := ratios[part_of(name)])
     }
-    if not layers:
+    wholes = {name: own.scaled(ratio) for name, own in contents.wholes.items() if (ratio := ratios[part_of(name)])}
+    if not layers and not wholes:
         raise UserError(f"{file.path} would add nothing: its ratio is 0. Give another ratio, or leave the file out.")
-    return layers
+    return replace(contents, layers=layers, wholes=wholes)
+
+
+def _sum_whole(sources: Sequence[Contents], name: str) -> Whole:
+    """Return the sum of a layer's changes, of which at least one is whole."""
+    weights, biases = [], []
+    for source in sources:
+        if name in source.layers:
+            layer = source.layers[name]
+            weights.append((layer.factors.up @ layer.factors.down).view(layer.shape))
+        else:
+            weights.append(source.wholes[name].weight)
+            biases.append(source.wholes[name].bias)
+    return Whole(_total(weights), _total(biases))
+
+
+def _total(parts: Sequence[Tensor | None]) -> Tensor | None:
+    given = [part for part in parts if part is not None]
+    shape = max((part.shape for part in given), key=len, default=None)
+    return None if shape is None else sum((part.view(shape) for part in given), torch.zeros(shape))
 
 
 def _sum(parts: Sequence[Factors], rank: int | None) -> tuple[Factors, Kept]:
@@ -78,7 +110,7 @@ def _sum(parts: Sequence[Factors], rank: int | None) -> tuple[Factors, Kept]:
     return factors, Kept(factors.rank, found.energy(rank), found.energy())
 
 
-def check_families(files: Sequence[LoraFile]) -> None:
+def check_families(files: Files) -> None:
     """Refuse LoRAs for different model families (a UserError)."""
     known = {file.family: file for file in files if file.family != "unknown"}
     if len(known) > 1:
@@ -89,18 +121,18 @@ def check_families(files: Sequence[LoraFile]) -> None:
         )
 
 
-def _common_shapes(files: Sequence[LoraFile], sources: Sequence[Mapping[str, Layer]]) -> dict[str, tuple[int, ...]]:
+def _common_shapes(files: Files, sources: Sequence[Contents]) -> dict[str, tuple[int, ...]]:
     """Return each layer's shape: a 1x1 convolution may be stored with 2 or 4 dimensions, and gets 4."""
     found: dict[str, tuple[int, ...]] = {}
     owners: dict[str, Path] = {}
     for file, source in zip(files, sources, strict=True):
-        for name, layer in source.items():
-            other = found.setdefault(name, layer.shape)
+        for name, shape in source.shapes().items():
+            other = found.setdefault(name, shape)
             owner = owners.setdefault(name, file.path)
-            longer, shorter = sorted((layer.shape, other), key=len, reverse=True)
+            longer, shorter = sorted((shape, other), key=len, reverse=True)
             if longer != shorter + (1,) * (len(longer) - len(shorter)):
                 raise UserError(
-                    f"{name} has weights of {_show(other)} in {owner} but of {_show(layer.shape)} in {file.path}: they "
+                    f"{name} has weights of {_show(other)} in {owner} but of {_show(shape)} in {file.path}: they "
                     "were trained on models of different structure and cannot be added. Merge LoRAs of one family."
                 )
             found[name] = longer
@@ -112,7 +144,7 @@ def _show(shape: Sequence[int]) -> str:
 
 
 def metadata(
-    files: Sequence[LoraFile], ratios: Sequence[Ratios], layers: Mapping[str, Layer], *, title: str, time: float
+    files: Files, ratios: Sequence[Ratios], layers: Mapping[str, Layer], *, title: str, time: float
 ) -> dict[str, str]:
     """Return what the merged file says of itself: `ss_*` and `modelspec.*` on which all files agree, and their origin.
 

@@ -215,7 +215,7 @@ def test_what_no_layer_owns_is_told(models: Any, tmp_path: Path, capsys: pytest.
     save_file({f"{name}.diff": torch.ones(32, 4, 3, 3), **extra}, tmp_path / "a.safetensors")
     assert merge(models["sd1", "safetensors"], [tmp_path / "a.safetensors"], [1], tmp_path / "out.safetensors") == 0
     printed = capsys.readouterr().out
-    assert "not merged: 1 tensors, a bundled embedding" in printed and "kinds of change: 1 full" in printed
+    assert "not used: 1 tensors, a bundled embedding" in printed and "kinds of change: 1 full" in printed
 
 
 @pytest.mark.parametrize("number", [17, 26])

@@ -142,7 +142,7 @@ def test_files_that_are_no_lora_are_refused(tmp_path: Path, capsys: pytest.Captu
     write_lora(tmp_path / "nan.safetensors", broken)
     write_lora(tmp_path / "peft.safetensors", {"unet.conv_in.lora_A.weight": torch.zeros(2, 2)})
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "nan.safetensors").read_bytes()[:-5])
-    for name, expected in [("nan", "NaN"), ("peft", "diffusers"), ("cut", "cut short"), ("absent", "no such file")]:
+    for name, expected in [("nan", "NaN"), ("peft", "incomplete"), ("cut", "cut short"), ("absent", "no such file")]:
         file = tmp_path / f"{name}.safetensors"
         assert main(["resize", str(file), "--rank", "2", "--output", str(tmp_path / "out.safetensors")]) == 2
         assert expected in capsys.readouterr().err

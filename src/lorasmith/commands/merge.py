@@ -18,7 +18,7 @@ from lorasmith import lora_files, lora_merging, merging, model_families
 from lorasmith.checkpoint import Checkpoint, open_checkpoint
 from lorasmith.config import MergeConfig
 from lorasmith.errors import UserError
-from lorasmith.formats import kohya
+from lorasmith.formats.dialects import read_any
 from lorasmith.merging import Addition, Strength
 from lorasmith.model_families import AdapterPlace
 from lorasmith.network import part_of
@@ -41,17 +41,23 @@ def run(cfg: MergeConfig) -> int:
 def _merge_loras(cfg: MergeConfig, output: Path) -> int:
     """Merge the LoRAs with each other."""
     lora_files.check_output(output, cfg.lora, overwrite=cfg.overwrite)
-    files = [kohya.read(path) for path in cfg.lora]
+    files = [read_any(path) for path in cfg.lora]
+    contents = [lora_files.contents_of(file) for file in files]
     ratios = [{"unet": unet, "text_encoder": text} for unet, text in zip(*_ratios(cfg), strict=True)]
     print("no --model is given: the LoRAs are merged with each other")
-    for file, own in zip(files, ratios, strict=True):
-        layers = Counter(part_of(name) for name in lora_files.layers_of(file))
+    for file, found, own in zip(files, contents, ratios, strict=True):
+        layers = Counter(part_of(name) for name in (*found.layers, *found.wholes))
         print(f"{file.path}: {', '.join(f'{count} layers of the {p} x {own[p]:g}' for p, count in layers.items())}")
-    merged = lora_merging.merge(files, ratios, rank=cfg.rank)
-    print("\n".join(lora_files.report(merged.kept)))
+        for line in (*found.told(), *lora_files.told_extras(file)):
+            print(line)
+    merged = lora_merging.merge(files, contents, ratios, rank=cfg.rank)
+    if merged.kept:
+        print("\n".join(lora_files.report(merged.kept)))
+    if merged.wholes:
+        print(f"{len(merged.wholes)} layers are whole changes, of norms, embeddings or weight and bias: added exactly")
     metadata = lora_merging.metadata(files, ratios, merged.layers, title=output.stem, time=time.time())
     precision = cfg.save_precision or lora_files.widest_precision(t for file in files for t in file.tensors.values())
-    print(lora_files.save(output, merged.layers, metadata, precision))
+    print(lora_files.save(output, merged.layers, metadata, precision, merged.wholes))
     return 0
 
 
@@ -67,7 +73,6 @@ def _merge_into_model(cfg: MergeConfig, model: str, output: Path) -> int:
         check_space(output, size_of(checkpoint, types))
         for addition in additions:
             print(_told(addition))
-            notes += [f"{addition.file.path}: {note}" for note in addition.file.notes]
         change = merging.changing(places, additions, types, cfg.precision)
         notes += rewrite(checkpoint, output, types, change)
         for note in notes:
@@ -136,10 +141,7 @@ def _told(addition: Addition) -> str:
         lines.append(f"  ignored, for their factor is 0: {_shorten(addition.ignored)}")
     if addition.unknown:
         lines.append(f"  unknown, for the model has no such layers: {_shorten(addition.unknown)}")
-    lines += [
-        f"  not merged: {count} tensors, {what}" for what, count in Counter(addition.file.extras.values()).most_common()
-    ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *lora_files.told_extras(addition.file)])
 
 
 def _verify(

@@ -12,16 +12,17 @@ from torch import Tensor
 
 from lorasmith.config import ResizeConfig
 from lorasmith.errors import UserError
-from lorasmith.formats import kohya
+from lorasmith.formats.dialects import read_any
 from lorasmith.lora_files import (
     Kept,
     Layer,
     check_output,
+    contents_of,
     dim_metadata,
     highest_rank,
-    layers_of,
     report,
     save,
+    told_extras,
     widest_precision,
 )
 from lorasmith.lowrank import RANK_RULES, decompose_product
@@ -35,8 +36,13 @@ def run(cfg: ResizeConfig) -> int:
     if cfg.rank is None and cfg.dynamic is None:
         raise UserError("missing: --rank, such as --rank 8, or --dynamic energy --value 0.99")
     output = check_output(cfg.output, [cfg.lora], overwrite=cfg.overwrite)
-    file = kohya.read(cfg.lora)
-    layers = layers_of(file)
+    file = read_any(cfg.lora)
+    contents = contents_of(file)
+    layers = contents.layers
+    for line in (*contents.told(), *told_extras(file)):
+        print(line)
+    if not layers:
+        raise UserError(f"{cfg.lora} holds nothing of a low rank, so there is nothing to resize; use it as it is.")
     highest = highest_rank(layers)
     if cfg.rank is not None and cfg.rank > highest:
         raise UserError(f"--rank {cfg.rank}: {cfg.lora} has rank {highest}; give a lower one, a higher adds nothing.")
@@ -47,7 +53,7 @@ def run(cfg: ResizeConfig) -> int:
         resized[name], kept[name] = resize(layer, choose)
     print("\n".join(report(kept)))
     precision = cfg.save_precision or widest_precision(file.tensors.values())
-    print(save(output, resized, _metadata(cfg, file.metadata, highest, resized), precision))
+    print(save(output, resized, _metadata(cfg, file.metadata, highest, resized), precision, contents.wholes))
     return 0
 
 

@@ -374,6 +374,16 @@ def layers() -> dict[str, tuple[str, str]]:
     return {name: (component, module.removeprefix("text_model.")) for name, component, module in split}
 
 
+def kernel(name: str, family: str) -> Shape:
+    """Return the kernel of a layer by its saved name, (3, 3) or (1, 1); () for what is no convolution."""
+    if not name.startswith("lora_unet_"):
+        return ()
+    if name.endswith(("_conv1", "_conv2", "samplers_0_conv", "_conv_in", "_conv_out")):
+        return (3, 3)
+    is_projection = family == "sd1" and name.endswith(("_proj_in", "_proj_out"))  # matrices in SD2
+    return (1, 1) if is_projection or name.endswith("_conv_shortcut") else ()
+
+
 def ldm_adapter_names() -> dict[str, str]:
     """Return the U-Net's saved names as made of LDM's names -> as made of diffusers'."""
     return {
