@@ -1,6 +1,8 @@
 """How old command lines are read, told and run, with a script that exists in no repository."""
 
 import re
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import pytest
 from lorasmith import config
 from lorasmith.compat import entry
 from lorasmith.compat.table import Flag, Script, Values, as_path
+from tests.compat.running import run
 
 SCRIPT = Script(
     "train_toy.py",
@@ -169,3 +172,62 @@ def test_a_table_is_whole_and_true(script: Script) -> None:
         assert [flag.place or flag.note or flag.becomes, flag.refusal].count("") == 1, flag.name
         assert flag.place == "" or flag.place in options, flag.name
         assert entry.told(script, flag)
+
+
+# All options of each script in sd-scripts' versions from December 2022 to February 2026.
+OPTIONS = {
+    "networks/merge_lora.py": "--v2 --save_precision --precision --sd_model --save_to --models --ratios --no_metadata "
+    "--concat --shuffle",
+    "finetune/make_captions.py": "train_data_dir --caption_weights --caption_extention --caption_extension "
+    "--beam_search --batch_size --max_data_loader_n_workers --pin_memory --num_beams --top_p --max_length --min_length "
+    "--seed --debug --recursive",
+    "finetune/tag_images_by_wd14_tagger.py": "train_data_dir --repo_id --model_dir --force_download --batch_size "
+    "--max_data_loader_n_workers --pin_memory --output_path --caption_extention --caption_extension --thresh "
+    "--general_threshold --character_threshold --meta_threshold --model_threshold --copyright_threshold "
+    "--artist_threshold --recursive --remove_underscore --debug --undesired_tags --frequency_tags --onnx --append_tags "
+    "--use_rating_tags --use_rating_tags_as_last_tag --use_quality_tags --use_quality_tags_as_last_tag "
+    "--character_tags_first --always_first_tags --caption_separator --tag_replacement --character_tag_expand",
+    "finetune/merge_captions_to_metadata.py": "train_data_dir out_json --in_json --caption_extention "
+    "--caption_extension --full_path --recursive --debug",
+    "finetune/merge_dd_tags_to_metadata.py": "train_data_dir out_json --in_json --full_path --recursive "
+    "--caption_extension --debug",
+    "finetune/clean_captions_and_tags.py": "train_data_dir in_json out_json --debug",
+    "finetune/prepare_buckets_latents.py": "train_data_dir in_json out_json model_name_or_path --v2 --batch_size "
+    "--max_data_loader_n_workers --max_resolution --min_bucket_reso --max_bucket_reso --bucket_reso_steps "
+    "--bucket_no_upscale --mixed_precision --full_path --flip_aug --alpha_mask --skip_existing --recursive",
+}
+
+
+@pytest.mark.parametrize("script", OPTIONS)
+def test_every_option_is_known_and_only_some_are_our_own(script: str) -> None:
+    flags = entry.SCRIPTS[script].flags
+    own = {flag.name for flag in flags if flag.becomes.startswith("lorasmith's own")}
+    assert {flag.name for flag in flags} == {*OPTIONS[script].split(), *own}
+
+
+@pytest.mark.parametrize("script", OPTIONS)
+def test_the_script_is_there_and_says_what_it_takes(script: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(script, "--help") == 0
+    told = capsys.readouterr().out
+    assert f"usage: {script} " in told
+    assert all(name in told for name in OPTIONS[script].split())
+
+
+def test_without_a_clone_it_is_a_module(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for word, code in (("networks\\merge_lora.py", 0), ("merge", "lorasmith: expected the name of a script, one of ")):
+        monkeypatch.setattr(sys, "argv", ["lorasmith.compat", word, "--help"])
+        with pytest.raises(SystemExit) as done:
+            runpy.run_module("lorasmith.compat", run_name="__main__")
+        assert done.value.code == code or str(done.value.code).startswith(str(code))
+    assert "usage: networks/merge_lora.py" in capsys.readouterr().out
+
+
+def test_of_several_processes_the_first_one_tells(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        assert entry.main("networks/merge_lora.py", ["--models", "no.pt", "--ratios", "1", "--save_to", "x.pt"]) == 2
+        told = capsys.readouterr()
+        assert ("lorasmith merge --lora no.pt" in told.out, "no.pt" in told.err) == (rank == "0", rank == "0")

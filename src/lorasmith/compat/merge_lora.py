@@ -34,7 +34,8 @@ def _notes(given: Values) -> list[str]:
     notes = []
     if "sd_model" not in given:
         side = "put side by side" if "concat" in given else "added"
-        cross = "" if "concat" in given else ", and each LoRA's matrices also meet those of the others"
+        is_mixed = "concat" not in given and len(given["models"]) > 1
+        cross = ", and each LoRA's matrices also meet those of the others" if is_mixed else ""
         notes.append(
             f"without --sd_model the matrices of the LoRAs are {side}, not their products: a ratio acts as its square "
             f"(0.6 as 0.36){cross}. `lorasmith merge --lora` adds the products, at the ratios that you give."
