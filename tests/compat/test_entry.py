@@ -67,6 +67,13 @@ def test_both_ways_to_give_a_value_and_abbreviations(words: list[str]) -> None:
     assert read(*words) == {"network_dim": 8}
 
 
+def test_a_name_that_is_short_for_two_spellings_of_one_option_will_do() -> None:
+    script = entry.SCRIPTS["finetune/make_captions.py"]
+    assert entry.read(script, ["photos", "--caption_ext=.txt"]) == {
+        "train_data_dir": "photos", "caption_extention": ".txt",
+    }  # fmt: skip
+
+
 def test_every_kind_of_flag_finds_its_place() -> None:
     words = ["--network_train_unet_only", "--shuffle_caption", "--no_logs", "--max_train_steps=3", "--keep=1"]
     assert translate(*words) == {
@@ -144,7 +151,7 @@ def test_mistakes_in_a_config_file(tmp_path: Path, capsys: pytest.CaptureFixture
         (["photos"], "'photos' belongs to no option of train_toy.py"),
         (["--network_dim=x"], "--network_dim: expected a whole number, not 'x'"),
         (["--network_dim"], "--network_dim: expected one argument"),
-        (["--network=x"], "ambiguous option: --network=x could match --network_dim"),
+        (["--network=x"], "--network is short for several options: --network_dim, --network_train_unet_only, "),
         (["--save_precision=fp8"], "--save_precision: invalid choice: 'fp8'"),
         (["--wandb_api_key=x"], "--wandb_api_key is refused: keys belong into the environment"),
         (["--network_train_unet_only", "--network_train_text_encoder_only"], "contradict each other"),

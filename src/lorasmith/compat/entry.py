@@ -69,10 +69,28 @@ def read(script: Script, arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def _parse(parser: argparse.ArgumentParser, script: Script, arguments: Sequence[str]) -> dict[str, Any]:
-    found, unknown = parser.parse_known_args(arguments)
+    flags = {
+        flag.name: flag for flag in (*script.flags, *[_CONFIG_FILE] * script.has_config_file) if flag.name[0] == "-"
+    }
+    found, unknown = parser.parse_known_args([_in_full(flags, word) for word in arguments])
     if unknown:
-        raise UserError(_unknown(script, unknown[0], [flag.name for flag in script.flags if flag.name[0] == "-"]))
+        raise UserError(_unknown(script, unknown[0], list(flags)))
     return vars(found)
+
+
+def _in_full(flags: Mapping[str, Flag], word: str) -> str:
+    """Return a word with an abbreviated name in full: what only one option begins with, or several of one place.
+
+    argparse would take `--caption_ext` for ambiguous, since sd-scripts also knows its old misspelling of that option.
+    """
+    name, equals, value = word.partition("=")
+    meant = [flag for flag in flags.values() if flag.name.startswith(name)]
+    if not name.startswith("--") or name in ("--", *flags) or not meant:
+        return word
+    if len({flag.place or flag.name for flag in meant}) > 1:
+        names = ", ".join(flag.name for flag in meant)
+        raise UserError(f"{name} is short for several options: {names}; write more of it.")
+    return f"{meant[0].name}{equals}{value}"
 
 
 def _unknown(script: Script, word: str, names: Sequence[str]) -> str:
@@ -93,11 +111,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser(script: Script) -> argparse.ArgumentParser:
-    """Return a parser as the script had it: it abbreviates, and takes --name value and --name=value."""
+    """Return a parser as the script had it, which takes --name value and --name=value."""
     parser = _Parser(
         prog=script.name,
         description=f"This is `lorasmith {script.command}` under the options that sd-scripts has for it.",
         argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34),
         epilog="docs/sd-scripts.md says more.",
     )
