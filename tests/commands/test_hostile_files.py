@@ -46,6 +46,7 @@ COMMANDS = {
     "train --base": (*TRAIN, "--base", "{path}"),
     "train --weights": (*TRAIN, "--base", "{place}/base.safetensors", "--weights", "{path}"),
     "train --embeddings": (*TRAIN, "--base", "{place}/base.safetensors", "--embeddings", "{path}"),
+    "train --embeddings": (*TRAIN, "--base", "{place}/base.safetensors", "--embeddings", "{path}"),
 }  # fmt: skip
 
 

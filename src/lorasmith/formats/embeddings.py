@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lorasmith.checkpoint import Checkpoint, open_checkpoint
 from lorasmith.errors import UserError
+from lorasmith.inert_pickle import shown
 from lorasmith.models import tokenizer
 from lorasmith.models.embeddings import Embedding, Embeddings, key
 
@@ -52,8 +53,8 @@ def read(places: Sequence[Path], *, width: int) -> tuple[Embeddings, list[str]]:
         for one in embeddings:
             if key(one.name) in found:
                 raise UserError(
-                    f"two embeddings are called {one.name}: {found[key(one.name)][1]} and {path}; captions cannot say "
-                    "which is meant. Give one of them, or rename a file that is called as its embedding is."
+                    f"two embeddings are called {shown(one.name)}: {found[key(one.name)][1]} and {path}; captions "
+                    "cannot say which is meant. Give one of them, or rename a file that is called as its embedding is."
                 )
             found[key(one.name)] = one, path
             if len(ids := tokenizer.build()(one.name, add_special_tokens=False)["input_ids"]) == 1:
@@ -107,7 +108,7 @@ def _check_widths(path: Path, shapes: Mapping[str, tuple[int, ...]], width: int)
     """Refuse what is no embedding, and what is one for another text encoder; shapes are by the embeddings' names."""
     widths = {shape[-1] if len(shape) in (1, 2) else 0 for shape in shapes.values()}
     if len(widths) != 1 or 0 in widths or not all(map(str.strip, shapes)):
-        listed = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in list(shapes.items())[:3])
+        listed = ", ".join(f"{shown(name)} {'x'.join(map(str, shape))}" for name, shape in list(shapes.items())[:3])
         raise _UnfitError(
             f"{path} is no textual-inversion embedding: it holds {len(shapes)} tensors ({listed or 'none'}); expected "
             "are vectors, all of one width, by their token, or as emb_params or string_to_param."
