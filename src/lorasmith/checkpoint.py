@@ -26,7 +26,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from lorasmith.errors import FullDisk, UserError
-from lorasmith.inert_pickle import InertUnpickler, StorageKey, TensorDescription, shown
+from lorasmith.inert_pickle import InertUnpickler, Parameters, StorageKey, TensorDescription, shown
 
 _MAX_HEADER = 100_000_000  # bytes; safetensors' own limit, and here that of a pickle too
 _MAX_NAME = 1000  # letters of a tensor's name
@@ -374,6 +374,7 @@ def _tensors_in(content: Any, depth: int) -> dict[str, TensorDescription]:
         if isinstance(content.get(name), dict) and (nested := _tensors_in(content[name], depth - 1)):
             return nested
     words = content.get(_WORDS)
+    words = words.named if isinstance(words, Parameters) else words
     places = {"": content, f"{_WORDS}.": words if isinstance(words, dict) else {}}
     return {
         f"{start}{name}": value

@@ -80,6 +80,12 @@ class Inert:
         return Inert()
 
 
+class Parameters(Inert):
+    """Stands in for torch's ParameterDict, whose tensors are in an attribute: `named`, if that is a dictionary."""
+
+    named: Any = None
+
+
 def shown(text: str) -> str:
     """Return a text out of a file as a message can hold it: short, and without what moves a terminal's cursor."""
     printable = repr(text[:_MOST_SHOWN])[1:-1]
@@ -170,8 +176,10 @@ class InertUnpickler(pickle._Unpickler):  # the one in Python: each step of it i
         return StorageKey(str(pid[2]), pid[1].dtype, size)
 
     def _build(self) -> None:
-        """BUILD gives the last object its attributes; those of none matter here, and some could harm the reader."""
-        self.stack.pop()
+        """BUILD gives the last object its attributes; but for one none matters here, and some could harm the reader."""
+        state = self.stack.pop()
+        if isinstance(self.stack[-1], Parameters) and isinstance(state, dict):
+            self.stack[-1].named = state.get("_parameters")
 
     def _dictionary(self) -> None:
         self.append(Named())
@@ -246,4 +254,5 @@ _KNOWN: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
     ("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter,
     ("torch", "Size"): _numbers,
+    ("torch.nn.modules.container", "ParameterDict"): Parameters,
 }

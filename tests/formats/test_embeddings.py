@@ -65,6 +65,12 @@ def test_the_older_file_layout_of_torch_is_read(tmp_path: Path) -> None:
     assert torch.equal(found(tmp_path / "a.pt")["a"], SEVERAL)
 
 
+def test_a_file_of_the_papers_own_program_is_read(tmp_path: Path) -> None:
+    parameters = nn.ParameterDict({"*": nn.Parameter(SEVERAL)})
+    path = saved({"string_to_token": {"*": torch.tensor(265)}, "string_to_param": parameters}, tmp_path / "a.pt")
+    assert torch.equal(found(path)["a"], SEVERAL)
+
+
 def test_cloneofsimos_tokens_are_read_beside_a_lora_and_from_its_sidecar(tmp_path: Path) -> None:
     lora = {"unet:0:up": torch.zeros(320, 4), "unet:0:down": torch.zeros(4, 320), "<s1>": ONE, "<s2>": ONE + 1}
     save_file(lora, tmp_path / "lora.safetensors", {"<s1>": "<embed>", "<s2>": "<embed>", "unet:0:rank": "4"})
