@@ -21,7 +21,7 @@ COMMON = [
     "--resolution", "64", "--no-before-after", "--no-tensorboard", "--no-progress", "--workers", "0", "--train", "unet",
     "--learning-rate", "0.01", "--caption", "a thing", "--save-precision", "float",
 ]  # fmt: skip
-QUICK = {"lokr", "boft"}  # the others are all alike to the command
+QUICK = {"lokr"}  # the others are all alike to the command
 TRAINABLE = [
     pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
     for name in plugins.names("adapters")
