@@ -109,6 +109,72 @@ def test_page_picture_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.json", "a.png", "a.safetensors"]
 
 
+def draw(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def kron(w1: torch.Tensor, w2: torch.Tensor) -> torch.Tensor:
+    return torch.einsum("lm,kn...->lkmn...", w1, w2)
+
+
+# Kind -> tensors of a layer, and its change written out from the paper's formula.
+MEASURED: dict[str, tuple[dict[str, torch.Tensor], torch.Tensor]] = {
+    "LoHa": (
+        {"hada_w1_a": draw(6, 2), "hada_w1_b": draw(2, 45), "hada_w2_a": draw(6, 2), "hada_w2_b": draw(2, 45),
+         "alpha": torch.tensor(3.0)},
+        3 / 2 * (draw(6, 2) @ draw(2, 45)) * (draw(6, 2) @ draw(2, 45)),
+    ),
+    "LoHa, Tucker": (
+        {"hada_w1_a": draw(2, 6), "hada_w1_b": draw(2, 5), "hada_t1": draw(2, 2, 3, 3), "hada_w2_a": draw(2, 6),
+         "hada_w2_b": draw(2, 5), "hada_t2": draw(2, 2, 3, 3), "alpha": torch.tensor(2.0)},
+        torch.einsum("pqhw,po,qi->oihw", draw(2, 2, 3, 3), draw(2, 6), draw(2, 5)).square(),
+    ),
+    "LoKr": ({"lokr_w1": draw(2, 3), "lokr_w2": draw(4, 5), "alpha": torch.tensor(7.0)}, kron(draw(2, 3), draw(4, 5))),
+    "LoKr of products": (
+        {"lokr_w1": draw(2, 3), "lokr_w2_a": draw(8, 2), "lokr_w2_b": draw(2, 9), "alpha": torch.tensor(1.0)},
+        kron(draw(2, 3), draw(8, 2) @ draw(2, 9)) / 2,
+    ),
+    "Tucker LoCon": (
+        {"lora_up.weight": draw(6, 2, 1, 1), "lora_mid.weight": draw(2, 2, 3, 3), "lora_down.weight": draw(2, 5, 1, 1),
+         "alpha": torch.tensor(1.0)},
+        torch.einsum("orxy,rshw,sixy->oihw", draw(6, 2, 1, 1), draw(2, 2, 3, 3), draw(2, 5, 1, 1)) / 2,
+    ),
+    "full": ({"diff": draw(4, 3, 3, 3), "diff_b": draw(4)}, draw(4, 3, 3, 3)),
+    "norm": ({"w_norm": draw(8), "b_norm": draw(8)}, draw(8)),
+    "full, with a bias alone": ({"diff_b": draw(4)}, torch.zeros(4)),
+}  # fmt: skip
+UNMEASURED = {
+    "DoRA": {"lora_up.weight": draw(6, 2), "lora_down.weight": draw(2, 5), "dora_scale": draw(6, 1)},
+    "LoHa": {**MEASURED["LoHa"][0], "dora_scale": draw(6, 1)},
+    "OFT": {"oft_blocks": draw(2, 3, 3)},
+    "IA3": {"weight": draw(6), "on_input": torch.tensor(0.0)},
+    "GLoRA": {"a1.weight": draw(2, 5), "a2.weight": draw(5, 2), "b1.weight": draw(2, 5), "b2.weight": draw(6, 2)},
+    "LoKr": {"lokr_w1": draw(8000, 100), "lokr_w2": draw(100, 8000)},  # of a layer that no model has
+}
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_every_kind_is_measured_that_can_be_without_the_model(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors, change = MEASURED[name]
+    layers = {"lora_unet_mid_block_attentions_0_proj_in": tensors, "lora_unet_conv_in": tensors}
+    facts = told(writers.kohya(tmp_path / "a.safetensors", layers), capsys)
+    norm = change.double().norm().item()
+    expected = {"mid": norm, "others": norm} if norm else {"mid": 0}
+    assert facts["norms"] == pytest.approx(expected, rel=1e-5)
+    assert facts["norms not known without the model"] == {}
+
+
+@pytest.mark.parametrize("kind", UNMEASURED)
+def test_what_depends_on_the_model_is_said_to(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = writers.kohya(tmp_path / "a.safetensors", {A_LAYER: UNMEASURED[kind]})
+    facts = told(path, capsys)
+    assert facts["norms"] == {} and facts["norms not known without the model"] == {kind: 1}
+    assert main(["inspect", str(path)]) == 0
+    assert f"not measured    1 {kind}: the change depends on the base model's weights" in capsys.readouterr().out
+
+
 EVIL = "\x1b]0;owned\x07\x1b[2J\x9b2J\r\b\x7f\u202etxt.exe\u2028"
 
 
@@ -162,7 +228,7 @@ def test_convolutions_and_other_kinds_are_counted_apart(tmp_path: Path, capsys: 
     assert facts["parts"]["convolutions, norms and others"] == {"layers": 2, "of": None}
     assert facts["kinds"] == {"LoRA": 2, "norm": 1} and facts["rank"] == {"from": 2, "to": 4}
     assert facts["clients"]["diffusers"] == {"verdict": "refused", "because": ["norm"], "rests on": "0.42.1, run"}
-    assert facts["norms"]["others"] == pytest.approx(math.sqrt(8 * 72) * 4)
+    assert facts["norms"]["others"] == pytest.approx(math.sqrt(8 * 72 * 4**2 + 8))
 
 
 def test_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

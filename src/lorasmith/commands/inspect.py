@@ -11,7 +11,7 @@ import math
 import re
 import zlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from lorasmith.errors import UserError
 from lorasmith.formats import clients, kohya
 from lorasmith.formats.dialects import DIALECTS, AnyLora, holds_lora, kind_of, read_any
 from lorasmith.models.keys import sd as keys
+from lorasmith.network import recognise
 from lorasmith.report import draw_norms, norms_by_block
 
 _PICTURES = (".png", ".svg")
@@ -102,6 +103,7 @@ def lora_facts(lora: AnyLora) -> dict[str, Any]:
     broken = [name for name, own in layers.items() if not all(map(_is_finite, own.values()))]
     zero = [name for name, own in layers.items() if name not in broken and _is_zero(own)]
     hashes = _hashes(lora)
+    norms, unmeasured = _norms(layers, {*broken})
     problems = [*([f"{len(broken):,} layers hold NaN or infinity"] if broken else []), *hashes.pop("problems")]
     return {
         "file": str(lora.path),
@@ -114,7 +116,8 @@ def lora_facts(lora: AnyLora) -> dict[str, Any]:
         "alpha": _range(alphas),
         "parts": _parts(lora, layers),
         "precision": dict(Counter(_dtype(t) for name, t in lora.tensors.items() if not name.endswith(".alpha"))),
-        "norms": _norms(layers, {*broken}),
+        "norms": norms,
+        "norms not known without the model": unmeasured,
         "problems": problems,
         "layers with NaN or infinity": broken,
         "layers that change nothing": zero,
@@ -180,18 +183,73 @@ _IN_BLOCK = re.compile(
 )
 
 
-def _norms(layers: Mapping[str, Mapping[str, Tensor]], broken: set[str]) -> dict[str, float]:
-    """Return the norm of each block's change; of plain LoRA only, for it alone is its factors' product."""
-    plain = {
-        f"{name}.{tail}": tensor
-        for name, own in layers.items()
-        if kind_of(own) == "LoRA" and name not in broken
-        for tail, tensor in own.items()
-    }
-    norms = {name: norm for name, norm in kohya.norms(plain).items() if math.isfinite(norm)}
+def _norms(layers: Mapping[str, Mapping[str, Tensor]], broken: set[str]) -> tuple[dict[str, float], dict[str, int]]:
+    """Return the norm of each block's change, and of how many layers it is not known without the model, by kind."""
+    norms: dict[str, float] = {}
+    unknown: Counter[str] = Counter()
+    for name, own in layers.items():
+        if name in broken:
+            continue
+        norm = _norm(own)
+        if norm is None:
+            unknown[str(kind_of(own))] += 1
+        elif math.isfinite(norm):
+            norms[name] = norm
     others = math.sqrt(sum(norm**2 for name, norm in norms.items() if not _IN_BLOCK.match(name)))
     blocks = norms_by_block({name: norm for name, norm in norms.items() if _IN_BLOCK.match(name)})
-    return {**blocks, **({"others": others} if others else {})}
+    return {**blocks, **({"others": others} if others else {})}, dict(unknown)
+
+
+def _norm(own: Mapping[str, Tensor]) -> float | None:
+    """Return the norm of a layer's change; None where that depends on the weight, or the tensors do not tell.
+
+    A change of the bias is not counted.
+    """
+    kind = kind_of(own)
+    if kind == "LoRA":
+        return kohya.norms({f"x.{tail}": tensor for tail, tensor in own.items()})["x"]
+    if own.keys() <= {"diff_b", "b_norm"}:
+        return 0.0
+    if kind not in _SHAPES or "dora_scale" in own:
+        return None
+    try:
+        shape = _SHAPES[kind](own)
+        if math.prod(shape) > _LARGEST_LAYER:
+            return None
+        with torch.no_grad():
+            return recognise(own).from_tensors(shape, own).delta(torch.zeros(shape)).norm().item()
+    except (ValueError, LookupError, RuntimeError):  # tensors that do not fit each other
+        return None
+
+
+def _of_loha(own: Mapping[str, Tensor]) -> tuple[int, ...]:
+    out, into = own["hada_w1_a"], own["hada_w1_b"]
+    has_kernel = "hada_t1" in own
+    return (out.shape[1 if has_kernel else 0], into.shape[1], *(own["hada_t1"].shape[2:] if has_kernel else ()))
+
+
+def _of_lokr(own: Mapping[str, Tensor]) -> tuple[int, ...]:
+    first = own["lokr_w1"].shape if "lokr_w1" in own else (own["lokr_w1_a"].shape[0], own["lokr_w1_b"].shape[1])
+    if "lokr_w2" in own:
+        second = own["lokr_w2"].shape
+    elif "lokr_t2" in own:
+        second = (own["lokr_w2_a"].shape[1], own["lokr_w2_b"].shape[1], *own["lokr_t2"].shape[2:])
+    else:
+        second = (own["lokr_w2_a"].shape[0], own["lokr_w2_b"].shape[1])
+    return (first[0] * second[0], first[1] * second[1], *second[2:])
+
+
+# Kind -> the shape of the layer's weight, as far as the norm needs it: in one dimension what is not told apart.
+_SHAPES: dict[str, Callable[[Mapping[str, Tensor]], tuple[int, ...]]] = {
+    "Tucker LoCon": lambda own: (
+        own["lora_up.weight"].shape[0], own["lora_down.weight"].shape[1], *own["lora_mid.weight"].shape[2:]
+    ),
+    "LoHa": _of_loha,
+    "LoKr": _of_lokr,
+    "full": lambda own: tuple(own["diff"].shape),
+    "norm": lambda own: tuple(own["w_norm"].shape),
+}  # fmt: skip
+_LARGEST_LAYER = 1 << 26  # numbers, five times the largest layer of SDXL; small factors can make any size
 
 
 def _hashes(lora: AnyLora) -> dict[str, Any]:
@@ -392,6 +450,8 @@ def _lora_page(facts: Mapping[str, Any]) -> list[str]:
         lines += [
             f"  {block:<10}{norm:>10.4g}  {'#' * round(40 * norm / top)}" for block, norm in facts["norms"].items()
         ]
+    if unmeasured := facts["norms not known without the model"]:
+        lines += ["", _line("not measured", f"{_counts(unmeasured)}: the change depends on the base model's weights")]
     lines += ["", *(["training"] if facts["training"] else ["no metadata of a training"])]
     lines += [f"  {title:<24}{_cut(value)}" for title, value in facts["training"].items()]
     if facts["tags"]:
