@@ -13,7 +13,7 @@ from lorasmith.errors import UserError
 
 def test_names_are_the_files_of_the_folder() -> None:
     folder = Path(plugins.__file__).parent / "adapters"
-    files = {path.stem for path in folder.glob("*.py")} - {"__init__", "base"}
+    files = {path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")} - {"base"}
     assert "lora" in files and set(plugins.names("adapters")) == files
     assert "adamw" in plugins.names("optimizers")
 
