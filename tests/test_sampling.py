@@ -3,6 +3,7 @@
 import hashlib
 from typing import Any, cast
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -28,6 +29,20 @@ THEIRS = {  # the schedulers as Stable Diffusion's repositories configure them
     ),
     "euler": lambda **options: EulerDiscreteScheduler(**BETAS, steps_offset=1, **options),
 }
+MORE: dict[str, Any] = {
+    "k_euler_a": lambda **options: diffusers.EulerAncestralDiscreteScheduler(**BETAS, **options),
+    "heun": lambda **options: diffusers.HeunDiscreteScheduler(**BETAS, **options),
+    "dpm_2": lambda **options: diffusers.KDPM2DiscreteScheduler(**BETAS, **options),
+    "k_dpm_2_a": lambda **options: diffusers.KDPM2AncestralDiscreteScheduler(**BETAS, **options),
+    "plms": lambda **options: diffusers.PNDMScheduler(**BETAS, skip_prk_steps=True, steps_offset=1, **options),
+    "ddpm": lambda **options: diffusers.DDPMScheduler(**BETAS, clip_sample=False, **options),
+    "dpmsolver": lambda **options: DPMSolverMultistepScheduler(
+        **BETAS, algorithm_type="dpmsolver", final_sigmas_type="sigma_min", **options
+    ),
+    "DPMsingle": lambda **options: diffusers.DPMSolverSinglestepScheduler(**BETAS, lower_order_final=True, **options),
+    "unipc": lambda **options: diffusers.UniPCMultistepScheduler(**BETAS, **options),
+}
+THAT_DRAW = ["euler_a", "dpm_2_a", "ddpm"]  # noise while they run
 
 
 class Miniature(nn.Module):
@@ -98,6 +113,65 @@ def test_the_same_picture_as_diffusers_pipeline(model: Any, sampler: str, guidan
     assert [picture.size for picture in ours] == [(72, 40)] * 2
     assert max(map(difference, ours, theirs)) <= 1
     assert difference(ours[0], ours[1]) > 5
+
+
+@pytest.mark.parametrize("sampler", MORE)
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_every_sampler_is_the_scheduler_of_that_name(sampler: str, prediction: str) -> None:
+    """With the loop written out plainly, as each scheduler's page has it; what they draw is from the seed on."""
+    model: Any = Miniature(prediction).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(3)
+    scheduler = MORE[sampler](prediction_type=prediction)
+    scheduler.set_timesteps(4)
+    latents = torch.randn(1, 4, 5, 9, generator=generator) * scheduler.init_noise_sigma
+    draws = {"generator": generator} if sampling.sampler_named(sampler) in THAT_DRAW else {}
+    text = model.encode_text(["bad", "a cat"])
+    for t in scheduler.timesteps:
+        x = torch.cat([scheduler.scale_model_input(latents, t)] * 2)
+        with torch.no_grad():
+            bad, good = model(x, t.expand(2), text).chunk(2)
+        latents = scheduler.step(bad + 4.0 * (good - bad), t, latents, **draws).prev_sample
+    with torch.no_grad():
+        theirs = sampling.to_picture(model.decode(latents)[0])
+    ours = generate(model, ["a cat"], seeds=[3], sampler=sampler, **SETTINGS)[0]
+    assert difference(ours, theirs) <= 1 and np.asarray(ours).std() > 0
+
+
+@pytest.mark.parametrize("sampler", THAT_DRAW)
+def test_what_a_sampler_draws_is_its_pictures_own(model: Any, sampler: str) -> None:
+    before = torch.get_rng_state()
+    together = generate(model, ["a cat", "a dog"], seeds=[3, 4], sampler=sampler, batch_size=2, **SETTINGS)
+    alone = generate(model, ["a dog"], seeds=[4], sampler=sampler, **SETTINGS)
+    assert difference(together[1], alone[0]) <= 1
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("sampler", MORE)
+def test_every_sampler_begins_in_noise_where_the_model_does(sampler: str) -> None:
+    model: Any = Miniature("v_prediction").eval().requires_grad_(False)
+    model.schedule = model.schedule.with_zero_terminal_snr()
+    scheduler = make_scheduler(model, sampling.sampler_named(sampler))
+    scheduler.set_timesteps(4)
+    assert scheduler.timesteps[0] >= 998
+    picture = np.asarray(generate(model, ["a cat"], seeds=[3], sampler=sampler, **SETTINGS)[0])
+    assert picture.std() > 0
+
+
+def test_a_sampler_that_needs_a_package_says_so(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(**options: object) -> None:
+        raise ImportError
+
+    monkeypatch.setattr(diffusers, "LMSDiscreteScheduler", missing)
+    with pytest.raises(UserError, match="sampler lms needs the Python package scipy"):
+        generate(model, ["a cat"], seeds=[3], sampler="k_lms", **SETTINGS)
+
+
+@pytest.mark.parametrize("sampler", ["heun", "euler"])
+def test_progress_counts_steps_whatever_a_sampler_does_in_one(model: Any, sampler: str) -> None:
+    told: list[tuple[int, int]] = []
+    progress = lambda done, total: told.append((done, total))  # noqa: E731
+    generate(model, ["a", "b"], seeds=[3, 4], sampler=sampler, progress=progress, **SETTINGS)
+    assert told[-1] == (8, 8) and told == sorted(told)
 
 
 @pytest.mark.parametrize("sampler", THEIRS)
@@ -172,7 +246,7 @@ def test_no_graph_is_kept(model: Any) -> None:
         ({"size": (64, 0)}, "64x0 cannot be drawn"),
         ({"steps": 0}, "0 sampler steps; give 1 to 1000"),
         ({"steps": 1001}, "1001 sampler steps"),
-        ({"sampler": "eular"}, r"no sampler named 'eular'; there are: dpm\+\+, ddim, euler"),
+        ({"sampler": "eular"}, r"no sampler named 'eular'; did you mean euler\? There are: dpm\+\+, ddim, euler"),
     ],
 )
 def test_settings_that_cannot_be(model: Any, changed: dict[str, Any], message: str) -> None:

@@ -595,10 +595,12 @@ class SampleSection(Section):
 
     prompts: list[str] = Field(
         default_factory=list,
-        description="Prompts to draw, or one .txt file with a prompt a line; left out, two captions of the pictures.",
+        description="Prompts to draw, with options such as `--w 512 --d 7`, or a .txt, .toml or .json file of them "
+        "(docs/training-log.md); left out, two captions of the pictures.",
     )
     sample_every_steps: PositiveInt | None = Field(default=None, description="Draw the prompts every n steps.")
     sample_every_epochs: PositiveInt | None = Field(default=None, description="Draw the prompts every n epochs.")
+    at_first: bool = Field(default=False, description="Draw the prompts before the first step, as before_after does.")
     before_after: bool = Field(default=True, description="Draw the prompts before and after training, for the report.")
     negative: str = Field(default="", description="Negative prompt.")
     sample_size: Size | None = Field(
@@ -607,6 +609,9 @@ class SampleSection(Section):
     sample_steps: Annotated[int, Field(ge=1, le=1000)] = Field(default=20, description="Sampler steps of the samples.")
     guidance: Annotated[float, Field(ge=0)] = Field(
         default=7.5, description="Classifier-free guidance scale of the samples."
+    )
+    sampler: str = Field(
+        default="dpm++", description="Sampler of the samples: ddim, euler, euler_a, dpm++, unipc, heun, pndm and more."
     )
     sample_seed: Annotated[int, Field(ge=0)] = Field(
         default=1, description="Seed of the first sample; the others count up."
@@ -678,7 +683,12 @@ def contradictions(cfg: TrainConfig) -> list[str]:
         ),
         "prompts are given, but nothing draws them: before_after is off, and sample_every_steps and "
         "sample_every_epochs are left out; give one of these, or leave out prompts": cfg.samples.prompts
-        and not (cfg.samples.before_after or cfg.samples.sample_every_steps or cfg.samples.sample_every_epochs),
+        and not (
+            cfg.samples.before_after
+            or cfg.samples.at_first
+            or cfg.samples.sample_every_steps
+            or cfg.samples.sample_every_epochs
+        ),
         "text_encoder_lr is given, but train = unet leaves the text encoder alone; leave out one of them": (
             optimizer.text_encoder_lr and network.train == "unet"
         ),

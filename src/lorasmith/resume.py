@@ -21,7 +21,8 @@ CHANGEABLE = {
     "state_every_steps", "keep_states", "format", "save_precision",
     "title", "author", "description", "license", "tags", "trigger_phrase", "usage_hint", "merged_from",
     "preprocessor", "thumbnail", "comment", "metadata", "share_captions",
-    "prompts", "sample_every_steps", "sample_every_epochs", "before_after", "negative", "sample_size", "sample_steps",
+    "prompts", "at_first", "sampler",
+    "sample_every_steps", "sample_every_epochs", "before_after", "negative", "sample_size", "sample_steps",
     "guidance", "sample_seed", "tensorboard", "progress", "validate_every_epochs", "validate_every_steps",
     "keep_best", "stop_early",
 }  # fmt: skip

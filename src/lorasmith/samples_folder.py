@@ -20,16 +20,16 @@ _NAME = re.compile(r"step-(\d{8,})")
 
 
 class SamplesFolder:
-    """Pictures of `prompts`, drawn with the other `settings`, both plain values.
+    """Pictures of drawings: each a `prompt` with its settings, plain values.
 
     Args:
         done: steps done when the run starts; moments after it belong to a course that was gone back on, and go.
     """
 
-    def __init__(self, path: Path, prompts: Sequence[str], settings: Mapping[str, Any], *, done: int) -> None:
-        self._path, self._prompts = path, list(prompts)
+    def __init__(self, path: Path, drawings: Sequence[Mapping[str, Any]], *, done: int) -> None:
+        self._path, self._prompts = path, [drawing["prompt"] for drawing in drawings]
         # as JSON has it, so that it compares equal to what is read
-        self._drawn_from: dict[str, Any] = json.loads(json.dumps({"prompts": self._prompts, **settings}))
+        self._drawn_from: list[dict[str, Any]] = json.loads(json.dumps(drawings))
         for step, moment in self._moments().items():
             if step > done:
                 shutil.rmtree(moment)

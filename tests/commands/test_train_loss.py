@@ -132,11 +132,11 @@ def test_samples_are_drawn_with_the_schedule_that_is_trained(place: Place, monke
 
     def note(model: object, prompts: list[str], **settings: object) -> list[object]:
         ends.append(model.schedule.ends_in_noise)  # type: ignore[attr-defined]
-        return []
+        return [None]
 
     monkeypatch.setattr(session, "generate", note)
     monkeypatch.setattr(session.SamplesFolder, "add", lambda self, step, pictures: None)
-    drawing = ["--before-after", "--prediction", "v_prediction", "--train", "text_encoder"]
+    drawing = ["--before-after", "--prompts", "a cat", "--prediction", "v_prediction", "--train", "text_encoder"]
     place.train(*drawing, "--zero-terminal-snr")
     place.train(*drawing)
     assert ends == [True, True, False, False]

@@ -652,6 +652,50 @@ def test_prompts_come_from_the_option_a_file_or_the_captions(place: Place, tmp_p
     assert len(pictures(place.train(*DRAWING))) == 2 and f'"{TAGS[0]}"' in place.train(*DRAWING).plan
 
 
+def test_a_prompt_may_have_options_of_its_own(place: Place, tmp_path: Path) -> None:
+    """They outweigh the run's; the same ones give the same picture, and the plan shows them."""
+    own = "a cat --w 72 --h 64 --d 7 --s 2 --l 3 --n round --ss k_euler_a"
+    two = place.train(*DRAWING, "--prompts", own, "a cat")
+    assert [picture.size for picture in pictures(two)] == [(72, 64), (64, 64)]
+    settings = ["--sample-size", "72,64", "--sample-seed", 7, "--guidance", 3, "--negative", "round",
+                "--sampler", "euler_a"]  # fmt: skip
+    alone = place.train(*DRAWING, "--sample-steps", 2, "--prompts", "a cat", *settings)
+    assert pictures(alone)[0].tobytes() == pictures(two)[0].tobytes()
+    plain = place.train(*DRAWING, "--prompts", "a dog", "a cat")
+    assert pictures(plain)[1].tobytes() == pictures(two)[1].tobytes()
+    assert '"a cat", size 72x64, steps 2, guidance 3, sampler euler_a, negative "round"' in two.plan
+    (tmp_path / "prompts.toml").write_text(
+        '[prompt]\nwidth = 72\nheight = 64\n[[prompt.subset]]\nprompt = "a cat"\nseed = 7\nsample_steps = 2\n'
+        'scale = 3\nnegative_prompt = "round"\nsample_sampler = "euler_a"\n'
+    )
+    from_file = place.train(*DRAWING, "--prompts", tmp_path / "prompts.toml")
+    assert pictures(from_file)[0].tobytes() == pictures(two)[0].tobytes()
+
+
+def test_samples_can_be_drawn_at_first_and_at_the_end_without_the_report_asking(place: Place) -> None:
+    options = ["--train", "text_encoder", "--steps", 2, "--sample-steps", 1, "--prompts", "a cat"]
+    drawn = place.train(*options, "--at-first", "--sample-every-steps", 2)
+    assert [path.name for path in sorted((drawn.folder / "samples").glob("step-*"))] == [
+        "step-00000000", "step-00000002",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--prompts", "a cat --widht 3"], "did you mean --w?"),
+        (["--prompts", "a cat --ss eular"], "did you mean euler?"),
+        (["--sampler", "eular"], "did you mean euler?"),
+    ],
+)
+def test_wrong_samples_are_told_before_training(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], expected: str
+) -> None:
+    words = ["train", "--base", str(place.base), "--images", str(place.pictures), "--output", str(tmp_path / "out")]
+    assert main([*words, "--dry-run", *options]) == 2
+    assert expected in " ".join(capsys.readouterr().err.split())
+
+
 def test_samples_are_drawn_when_they_are_due(place: Place) -> None:
     options = ["--train", "text_encoder", "--batch-size", 3, "--steps", 5, "--sample-steps", 1, "--prompts", "a cat"]
     drawn = place.train(*options, "--sample-every-steps", 3, "--sample-every-epochs", 1)  # of two steps each

@@ -31,6 +31,7 @@ from lorasmith.training_run.loading import DTYPES
 from lorasmith.training_run.objective import objective_line
 from lorasmith.training_run.own_words import own_word_lines
 from lorasmith.training_run.preparation import Preparation, network_rules, one_or_each, output_folder
+from lorasmith.training_run.samples import sample_lines
 
 _ENCODED_TITLES: dict[Encoded, str] = {"latents": "latents", "text": "text embeddings"}
 _PART_TITLES = {"text_encoder": "text encoder", "unet": "U-Net"}
@@ -88,7 +89,7 @@ def describe_plan(cfg: TrainConfig, ready: Preparation, processes: Processes) ->
         "output": [
             f"{output_folder(cfg).last()}{f' (going on from step {ready.state.facts.step})' if ready.state else ''}"
         ],
-        "samples": [f'"{prompt}"' for prompt in ready.prompts] or ["none"],
+        "samples": sample_lines(ready.drawings),
     }
     return plan_page(f"lorasmith {lorasmith.__version__}: the plan", paragraphs)
 

@@ -31,13 +31,13 @@ from lorasmith.processes import Processes
 from lorasmith.training_run.objective import check_prediction
 from lorasmith.training_run.own_words import OwnWords, own_words
 from lorasmith.training_run.resuming import run_folder
+from lorasmith.training_run.samples import Drawing, drawings
 from lorasmith.training_state import (
     State,
     data_fingerprint,
 )
 
 _DEFAULT_STEPS = 1600  # the document's scripts' own
-_NUM_DEFAULT_PROMPTS = 2
 _FAMILY_TITLES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x"}
 _PATTERNS = {"both": "*", "unet": "lora_unet_*", "text_encoder": "lora_te*"}
 
@@ -61,7 +61,7 @@ class Preparation:
     validation: Plan | None
     total_steps: int
     schedule: lr.Schedule
-    prompts: list[str]
+    drawings: list[Drawing]
     words: OwnWords
     cached: list[bool]  # of each data set, whether its latents are
     npz: "NpzFiles"
@@ -70,6 +70,11 @@ class Preparation:
     cache: Path | None
     say: Say
     thumbnail: str | None  # a `data:` URL
+
+    @property
+    def prompts(self) -> list[str]:
+        """What is drawn, without options."""
+        return [drawing.prompt for drawing in self.drawings]
 
 
 @dataclass(frozen=True)
@@ -131,7 +136,8 @@ def prepare(cfg: TrainConfig, processes: Processes, state: State | None) -> Prep
         [subset.for_run_of(total_steps) for subset in gathered.subsets],
         [*notes, *gathered.notes, *_cut_notes(cfg, gathered, words), *plan.notes],
         plan, validation_plan(plan, gathered.records, seed=_validation_seed(cfg)), total_steps, schedule,
-        _prompts(cfg, gathered), words, cached, npz, fingerprint, state, cache_place, say,
+        drawings(cfg.samples, gathered.records, gathered.subsets, datasets[0].resolution),
+        words, cached, npz, fingerprint, state, cache_place, say,
         thumbnail_url(cfg.save.thumbnail) if cfg.save.thumbnail else None,
     )  # fmt: skip
 
@@ -493,37 +499,6 @@ def _cut_notes(cfg: TrainConfig, gathered: Gathered, words: OwnWords) -> list[st
         "tokens, and the last words are not used: "
         f"{', '.join(names[:3])}{more}{advice}"
     ]
-
-
-def _prompts(cfg: TrainConfig, gathered: Gathered) -> list[str]:
-    """Return the prompts to draw: those given, those of a text file, or captions of the training pictures."""
-    samples = cfg.samples
-    if not (samples.before_after or samples.sample_every_steps or samples.sample_every_epochs):
-        return []
-    if len(samples.prompts) == 1 and samples.prompts[0].endswith(".txt"):
-        return _prompts_in(Path(samples.prompts[0]))
-    if samples.prompts:
-        return list(samples.prompts)
-    texts = dict.fromkeys(
-        captions.plain(record.caption, gathered.subsets[record.subset].captions)
-        for record in gathered.records
-        if not record.is_prior
-    )
-    return list(texts)[:_NUM_DEFAULT_PROMPTS]
-
-
-def _prompts_in(path: Path) -> list[str]:
-    """Return a text file's lines; empty ones and those that start with # are left out."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"--prompts {path}: {error}; give a text file in UTF-8 with a prompt a line, or the prompts themselves."
-        ) from error
-    prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
-    if not prompts:
-        raise UserError(f"--prompts {path}: no prompt in it; write one a line.")
-    return prompts
 
 
 def _cache(cfg: TrainConfig, say: Say) -> Path | None:

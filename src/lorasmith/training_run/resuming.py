@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lorasmith import config
+from lorasmith import config, prompts
 from lorasmith.config import TrainConfig
 from lorasmith.data.places import is_shards
 from lorasmith.errors import UserError
@@ -49,6 +49,8 @@ def with_whole_paths(options: dict[str, Any]) -> dict[str, Any]:
     """Return a run's options with whole paths; what is no file or folder here (a hub id) stays as it is."""
     if "dataset_config" in options.get("data", {}):
         options["data"]["dataset_root"] = os.path.abspath(options["data"].get("dataset_root", "."))
+    if prompts.is_file(given := options.get("samples", {}).get("prompts", [])):
+        options["samples"]["prompts"] = [os.path.abspath(given[0])]
     for section, option in _PLACES:
         value = options.get(section, {}).get(option)
         whole = [os.path.abspath(one) if os.path.exists(one) or is_shards(one) else one for one in _listed(value)]

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ class Session:
             with together():
                 if is_main:
                     self._open_folder(stack)
-                if self.done == 0 and self.cfg.samples.before_after:
+                if self.done == 0 and (self.cfg.samples.before_after or self.cfg.samples.at_first):
                     self._draw()
             if self.done == 0 or self._is_validation_due():  # maybe stopped before it could be measured
                 self._validate(dataset)
@@ -203,7 +204,7 @@ class Session:
         )
 
     def _save_and_draw_when_due(self, say: Callable[[str], None]) -> None:
-        save, samples, done = self.cfg.save, self.cfg.samples, self.done
+        save, done = self.cfg.save, self.done
         steps_per_epoch = self.ready.plan.steps_per_epoch
         epoch = done // steps_per_epoch if done % steps_per_epoch == 0 else 0
         if done == self.ready.total_steps or self.has_stalled:
@@ -222,10 +223,14 @@ class Session:
             self._remove_old_saves(epoch)
             if paths or is_state_due:
                 self._save_state()
-        if (samples.sample_every_steps and done % samples.sample_every_steps == 0) or (
-            epoch and samples.sample_every_epochs and epoch % samples.sample_every_epochs == 0
-        ):
+        if self._are_samples_due():
             self._draw()
+
+    def _are_samples_due(self) -> bool:
+        samples, (epoch, steps) = self.cfg.samples, divmod(self.done, self.ready.plan.steps_per_epoch)
+        return bool(samples.sample_every_steps and self.done % samples.sample_every_steps == 0) or bool(
+            samples.sample_every_epochs and steps == 0 and epoch % samples.sample_every_epochs == 0
+        )
 
     def _epochs_between_saves(self) -> int | None:
         save = self.cfg.save
@@ -264,7 +269,7 @@ class Session:
         path = self.folder.last()
         norms = self._save_lora(path)
         self._save_state()
-        if self.cfg.samples.before_after:
+        if self.cfg.samples.before_after or self._are_samples_due():
             self._draw()
         page = write_report(self.folder.report, self._report(path, norms))
         if self.has_stalled:
@@ -299,15 +304,8 @@ class Session:
         if self.ready.validation is not None:
             self.validation_losses = LossLog(self.folder.validation_log, done=self.done)
             stack.callback(self.validation_losses.close)
-        samples = self.cfg.samples
         self.samples = SamplesFolder(
-            self.folder.samples,
-            self.ready.prompts,
-            {
-                "size": samples.sample_size or self.ready.resolution,
-                **samples.model_dump(include={"negative", "sample_steps", "guidance", "sample_seed"}),
-            },
-            done=self.done,
+            self.folder.samples, [asdict(drawing) for drawing in self.ready.drawings], done=self.done
         )
         if self.cfg.log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # takes a second, and not everyone wants it
@@ -348,24 +346,22 @@ class Session:
 
     def _draw(self) -> None:
         """Draw the prompts as the model is now, and the sheet of all moments so far."""
-        samples = self.cfg.samples
-        if not self.processes.is_main or not self.ready.prompts:
+        drawings = self.ready.drawings
+        if not self.processes.is_main or not drawings:
             return
         assert self.samples is not None
-        size = samples.sample_size or self.ready.resolution
         if self.cfg.log.progress:
-            tqdm.write(f"drawing {len(self.ready.prompts)} samples, {size[0]}x{size[1]}", file=sys.stdout)
-        seeds = [samples.sample_seed + i for i in range(len(self.ready.prompts))]
+            sizes = dict.fromkeys(f"{width}x{height}" for width, height in (drawing.size for drawing in drawings))
+            tqdm.write(f"drawing {len(drawings)} samples, {' and '.join(sizes)}", file=sys.stdout)
         with self._as_saved(), lent(self.model.vae, self.model.device):
-            pictures = generate(
-                self.model,
-                self.ready.prompts,
-                seeds=seeds,
-                size=size,
-                negative=samples.negative,
-                steps=samples.sample_steps,
-                guidance=samples.guidance,
-            )
+            pictures = [
+                picture
+                for one in drawings
+                for picture in generate(
+                    self.model, [one.prompt], seeds=[one.seed], size=one.size, negative=one.negative,
+                    steps=one.steps, guidance=one.guidance, sampler=one.sampler,
+                )
+            ]  # fmt: skip
         self.samples.add(self.done, pictures)
 
     def _report(self, path: Path, norms: Mapping[str, float]) -> ReportContents:

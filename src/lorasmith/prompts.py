@@ -1,0 +1,191 @@
+"""Prompts with options of their own, as sd-scripts writes them: `a cat --w 512 --h 768 --d 7 --n blurred`.
+
+They stand on the command line, or in a file: .txt with one a line, .toml with [prompt] and [[prompt.subset]], .json
+with a list.
+"""
+
+import difflib
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorasmith.config import parse_toml, read_text
+from lorasmith.errors import UserError
+
+_OPTION = re.compile(r"(?:^|\s)--(?=[A-Za-z])")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What to draw; None: as it is drawn otherwise.
+
+    width, height: pixels. steps: of the sampler. guidance: scale of classifier-free guidance.
+    """
+
+    text: str
+    negative: str | None = None
+    width: int | None = None
+    height: int | None = None
+    seed: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    sampler: str | None = None
+
+
+def _side(value: Any) -> int:
+    side = _whole(value)
+    if side < 8 or side % 8:
+        raise ValueError("a multiple of 8")
+    return side
+
+
+def _whole(value: Any) -> int:
+    try:
+        number = float(value)
+        if isinstance(value, bool) or not number.is_integer() or number < 0:
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError("a whole number") from None
+    return int(number)
+
+
+def _count(value: Any) -> int:
+    if not 1 <= (number := _whole(value)) <= 1000:
+        raise ValueError("a whole number from 1 to 1000")
+    return number
+
+
+def _scale(value: Any) -> float:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not (math.isfinite(number) and number >= 0):
+        raise ValueError("a number at least 0")
+    return number
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("a text")
+    return value
+
+
+# option in a line, key in a file, field, what reads its value
+_TABLE: tuple[tuple[str, str, str, Callable[[Any], Any]], ...] = (
+    ("n", "negative_prompt", "negative", _text),
+    ("w", "width", "width", _side),
+    ("h", "height", "height", _side),
+    ("d", "seed", "seed", _whole),
+    ("s", "sample_steps", "steps", _count),
+    ("l", "scale", "guidance", _scale),
+    ("ss", "sample_sampler", "sampler", _text),
+)
+_BY_OPTION = {option: (field, read) for option, _, field, read in _TABLE}
+_BY_KEY = {"prompt": ("text", _text), **{key: (field, read) for _, key, field, read in _TABLE}}
+_WRITTEN_OUT = {name: option for option, key, field, _ in _TABLE for name in (key, field)}
+_FOR_OTHERS = {"g", "cn", "ctr", "rcfg", "fs", "am", "of"}  # sd-scripts' options for other models and ControlNet
+
+
+def parse(line: str) -> Prompt:
+    """Return the prompt in a line with its options.
+
+    Raises:
+        UserError: an option that there is not, or one with a wrong value.
+    """
+    text, *options = _OPTION.split(line)
+    fields: dict[str, Any] = {}
+    for option in options:
+        name, _, value = option.strip().partition(" ")
+        if name not in _BY_OPTION:
+            raise UserError(f"prompt {line!r}: {_unknown_option(name)}")
+        field, read = _BY_OPTION[name]
+        fields[field] = _read(f"prompt {line!r}: --{name} {value.strip()}", read, value.strip())
+    return Prompt(text.strip(), **fields)
+
+
+def is_file(prompts: Sequence[str]) -> bool:
+    """Whether what is given as prompts is a file of them."""
+    return len(prompts) == 1 and Path(prompts[0]).suffix.lower() in (".txt", ".toml", ".json")
+
+
+def read_file(path: Path) -> list[Prompt]:
+    """Return a file's prompts.
+
+    Raises:
+        UserError: it cannot be read, is no such file, or holds no prompt.
+    """
+    try:
+        text = read_text(path)
+        table = parse_toml(path, text) if path.suffix.lower() == ".toml" else {}
+    except UserError as error:
+        raise UserError(f"--prompts {error}") from error
+    if path.suffix.lower() == ".txt":
+        lines = [line.strip() for line in text.splitlines()]
+        prompts = [_named(path, parse, line) for line in lines if line and not line.startswith("#")]
+    else:
+        prompts = [_named(path, _entry, one) for one in _entries(path, text, table)]
+    if not prompts:
+        raise UserError(f"--prompts {path}: no prompt in it; write one a line (.txt), or as docs/training-log.md says.")
+    return prompts
+
+
+def _entries(path: Path, text: str, table: dict[str, Any]) -> list[Any]:
+    if path.suffix.lower() == ".json":
+        try:
+            entries = json.loads(text)
+        except ValueError as error:
+            raise UserError(f"--prompts {path}: this is not JSON ({error}).") from error
+        if isinstance(entries, list):
+            return entries
+        raise UserError(f'--prompts {path}: expected a list, such as [{{"prompt": "a cat", "width": 512}}].')
+    common = table.get("prompt")
+    subsets = common.pop("subset", None) if isinstance(common, dict) else None
+    if set(table) != {"prompt"} or not isinstance(subsets, list) or not all(isinstance(one, dict) for one in subsets):
+        raise UserError(
+            f"--prompts {path}: expected [prompt] with what all have in common, and [[prompt.subset]] for each prompt."
+        )
+    return [{**common, **subset} for subset in subsets]
+
+
+def _entry(entry: Any) -> Prompt:
+    if isinstance(entry, str):
+        return parse(entry)
+    if not isinstance(entry, Mapping) or "prompt" not in entry:
+        raise UserError(f"{entry!r}: expected a text, or a prompt with its options by name.")
+    fields = {}
+    for key, value in entry.items():
+        if key not in _BY_KEY:
+            near = difflib.get_close_matches(str(key), _BY_KEY, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(_BY_KEY)}."
+            raise UserError(f"{key}: there is no such option of a prompt; {hint}")
+        field, read = _BY_KEY[key]
+        fields[field] = _read(f"{key} = {value!r}", read, value)
+    return Prompt(**fields)
+
+
+def _unknown_option(name: str) -> str:
+    if name in _FOR_OTHERS:
+        return f"--{name} is for models that cannot be trained here; leave it out."
+    near = difflib.get_close_matches(name.lower().replace("-", "_"), [*_WRITTEN_OUT, *_BY_OPTION], n=1)
+    hint = f"did you mean --{_WRITTEN_OUT.get(near[0], near[0])}? " if near else ""
+    names = ", ".join(f"--{option} ({field})" for option, _, field, _ in _TABLE)
+    return f"there is no option --{name}; {hint}There are {names}."
+
+
+def _read(where: str, read: Callable[[Any], Any], value: Any) -> Any:
+    try:
+        return read(value)
+    except ValueError as error:
+        raise UserError(f"{where}: expected {error}.") from None
+
+
+def _named(path: Path, read: Callable[[Any], Prompt], what: Any) -> Prompt:
+    try:
+        return read(what)
+    except UserError as error:
+        raise UserError(f"--prompts {path}: {error}") from error
