@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lorasmith.errors import UserError
-from lorasmith.formats.dialects import kind_of, read_any
+from lorasmith.formats import dialects
+from lorasmith.formats.dialects import DIALECTS, kind_of, read_any
 from tests.formats import writers
 
 LAYERS = writers.make_layers(alpha=None)
@@ -89,6 +90,11 @@ def test_every_dialect_reads_as_the_same_layers(tmp_path: Path, name: str) -> No
         assert torch.equal(lora.tensors[key], value), key
     is_text = [key for key in lora.layers() if key.startswith("lora_te")]
     assert list(lora.mended) == (is_text if name in ("te1", "broken te") else [])
+
+
+def test_every_dialect_and_every_kind_has_a_file_made_here() -> None:
+    assert {dialect for dialect, _, _ in WRITERS.values()} == DIALECTS.keys()
+    assert KINDS.keys() == {name for name, _, _ in dialects._KINDS}
 
 
 def test_text_encoder_without_text_model_in_dotted_names(tmp_path: Path) -> None:
