@@ -1211,6 +1211,11 @@ class ExtractConfig(Section):
         default=None, description="Give each layer the rank that keeps this share of its change's energy, such as 0.99."
     )
     max_rank: PositiveInt | None = Field(default=None, description="No layer gets a higher rank than this for quality.")
+    conv_rank: PositiveInt | None = Field(
+        default=None,
+        description="Extract the U-Net's other convolutions and time layers too, the 3x3 ones at this rank (for "
+        "quality: at most); left out, only what a plain LoRA goes on.",
+    )
     save_precision: Literal["float", "fp16", "bf16"] = Field(default="fp16", description="Precision of the saved LoRA.")
     overwrite: bool = Field(default=False, description="Replace an existing output.")
 

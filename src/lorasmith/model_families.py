@@ -30,7 +30,12 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def describe(
-    checkpoint: Checkpoint, *, v2: bool | None = None, prediction: str | None = None, vae: str | None = None
+    checkpoint: Checkpoint,
+    *,
+    v2: bool | None = None,
+    prediction: str | None = None,
+    vae: str | None = None,
+    to_run: bool = True,
 ) -> ModelFacts:
     """Return what a base model's header says of it.
 
@@ -38,12 +43,13 @@ def describe(
         v2: what the user says the family is, checked; None: nothing was said.
         prediction: `epsilon` or `v_prediction` as the user says; None: nothing was said.
         vae: a file or folder with another VAE than the model's own.
+        to_run: it must be possible to run it: it has a VAE, and takes latents.
 
     Raises:
-        UserError: not a base model, of a family that is not supported, without a VAE, or contradicting what the user
+        UserError: not a base model, of a family that is not supported, not to be run, or contradicting what the user
             says.
     """
-    return _find(checkpoint).describe(checkpoint, v2=v2, prediction=prediction, vae=vae)
+    return _find(checkpoint).describe(checkpoint, v2=v2, prediction=prediction, vae=vae, to_run=to_run)
 
 
 def target_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:

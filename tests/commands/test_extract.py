@@ -8,12 +8,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lorasmith import model_families
+from lorasmith.checkpoint import open_checkpoint
 from lorasmith.cli import main
 from lorasmith.models.keys import sd as keys
 from tests.random_lora import deltas_of, make_lora, ranks_of, read_lora
 from tests.tiny import build_tiny, openclip_rest, write_tiny
 
 RANK = 3
+SUFFIX = {"safetensors": ".safetensors", "diffusers": ""}
 
 
 def targets(family: str, unet: torch.nn.Module, text: torch.nn.Module) -> dict[str, Tensor]:
@@ -139,6 +142,93 @@ def test_the_energy_that_is_told_is_that_of_the_file(
         total = sum(whole[name].square().sum() for name in names)
         assert float(rows[block][3].rstrip("%")) == pytest.approx(100 * float(kept / total), abs=1e-2)
         assert int(rows[block][1]) == len(names)
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "diffusers"])
+def test_convolutions_that_were_merged_are_found_again(
+    layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Merge and extract through the commands; what is not extracted is told by its share of the squared norm."""
+    base, tuned = (tmp_path / f"{name}{SUFFIX[layout]}" for name in ("base", "tuned"))
+    lora = tmp_path / "lora.safetensors"
+    write_tiny(base, layout=layout)
+    with open_checkpoint(base) as checkpoint:
+        places = model_families.adapter_places(checkpoint)[1]
+    names = [name for name, place in places.items() if len(place.shape) > 1 and "_embeddings_" not in name]
+    tensors = make_lora({name: places[name].shape for name in names}, rank=RANK)
+    norm = "lora_unet_down_blocks_0_resnets_0_norm1"
+    rest = {f"{norm}.w_norm": torch.full((32,), 0.5), "lora_unet_conv_in.diff_b": torch.full((32,), 0.25)}
+    save_file({key: tensor for key, tensor in tensors.items() if "_conv_in." not in key} | rest, lora)
+    merge = ["merge", "--model", str(base), "--lora", str(lora), "--output", str(tuned)]
+    assert main([*merge, "--save-precision", "float"]) == 0
+    capsys.readouterr()
+    arguments = [
+        "extract",
+        "--tuned",
+        str(tuned),
+        "--base",
+        str(base),
+        "--rank",
+        str(RANK),
+        "--save-precision",
+        "float",
+    ]
+    assert main([*arguments, "--conv-rank", str(RANK), "--output", str(tmp_path / "all.safetensors")]) == 0
+    printed = capsys.readouterr().out
+    found, wanted = deltas_of(read_lora(tmp_path / "all.safetensors")[0]), deltas_of(tensors)
+    assert found.keys() == wanted.keys() - {"lora_unet_conv_in"}
+    for name, delta in found.items():
+        torch.testing.assert_close(delta, wanted[name], atol=2e-6, rtol=1e-3)
+    squares = {name: delta.square().sum().item() for name, delta in wanted.items() if name in found}
+    whole = sum(squares.values()) + 32 * 0.5**2 + 32 * 0.25**2
+    assert f"left out: {32 * 0.5**2 / whole:.4%} in norms" in printed
+    assert f"left out: {32 * 0.25**2 / whole:.4%} in biases" in printed and "other convolutions" not in printed
+    assert main([*arguments, "--output", str(tmp_path / "plain.safetensors")]) == 0
+    printed, plain = capsys.readouterr().out, read_lora(tmp_path / "plain.safetensors")[0]
+    assert deltas_of(plain).keys() == {name for name in squares if places[name].is_target}
+    share = sum(square for name, square in squares.items() if not places[name].is_target) / whole
+    told = float(printed.split("% in other convolutions")[0].rsplit(" ", 1)[1])
+    assert told == pytest.approx(100 * share, abs=1e-3) and "--conv-rank extracts it" in printed
+
+
+def test_convolutions_have_a_rank_of_their_own(models: Path, tmp_path: Path) -> None:
+    before = load_file(models / "base.safetensors")
+    generator = torch.Generator().manual_seed(1)
+    tuned = {
+        name: tensor + 0.1 * torch.randn(tensor.shape, generator=generator) if "input_blocks" in name else tensor
+        for name, tensor in before.items()
+    }
+    save_file(tuned, tmp_path / "tuned.safetensors")
+    tuned_name = str(tmp_path / "tuned.safetensors")
+    for options in (["--rank", "4"], ["--quality", "0.9999", "--max-rank", "4"]):
+        output = tmp_path / f"{options[0]}.safetensors"
+        ranks = ranks_of(extract(models, output, *options, "--conv-rank", "2", tuned=tuned_name)[0])
+        spatial = ("conv1", "conv2", "samplers_0_conv", "conv_in")
+        assert {rank for name, rank in ranks.items() if name.endswith(spatial)} == {2}
+        assert {rank for name, rank in ranks.items() if not name.endswith(spatial)} == {4}
+        assert any("time_emb_proj" in name for name in ranks) and any("conv_shortcut" in name for name in ranks)
+
+
+def test_models_without_a_vae_will_do(models: Path, tmp_path: Path) -> None:
+    for name in ("base", "tuned"):
+        tensors = load_file(models / f"{name}.safetensors")
+        kept = {key: tensor for key, tensor in tensors.items() if not key.startswith(keys.VAE)}
+        save_file(kept, tmp_path / f"{name}.safetensors")
+    with_vae, _ = extract(models, tmp_path / "a.safetensors", "--rank", "2")
+    without, _ = extract(tmp_path, tmp_path / "b.safetensors", "--rank", "2")
+    assert with_vae.keys() == without.keys() and all(torch.equal(with_vae[key], without[key]) for key in without)
+
+
+def test_models_that_differ_only_elsewhere_are_told(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = load_file(models / "base.safetensors")
+    tensors[f"{keys.UNET}input_blocks.0.0.weight"] += 1
+    save_file(tensors, tmp_path / "tuned.safetensors")
+    arguments = ["--tuned", str(tmp_path / "tuned.safetensors"), "--base", str(models / "base.safetensors")]
+    output = str(tmp_path / "out.safetensors")
+    assert main(["extract", *arguments, "--rank", "1", "--output", output]) == 2
+    assert "They differ elsewhere; --conv-rank" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@
     lorasmith extract --tuned tuned.safetensors --base base.safetensors --rank 32 --output lora.safetensors
     lorasmith extract --tuned tuned.safetensors --base base.safetensors --quality 0.99 --output lora.safetensors
 
-Both models are read tensor by tensor. Only the layers that a LoRA goes on are compared.
+Both models are read tensor by tensor. All of U-Net and text encoder is compared, to say how much of the change lies
+where a LoRA has no place.
 """
 
 import time
@@ -27,6 +28,7 @@ from lorasmith.progress import counted
 
 _NUM_SHOWN = 3
 Places = Mapping[str, AdapterPlace]
+Shape = tuple[int, ...]
 
 
 def run(cfg: ExtractConfig) -> int:
@@ -37,17 +39,21 @@ def run(cfg: ExtractConfig) -> int:
         raise UserError("missing: --rank, such as --rank 32, or --quality, such as --quality 0.99")
     output = check_output(cfg.output, [Path(cfg.tuned), Path(cfg.base)], overwrite=cfg.overwrite)
     with open_checkpoint(cfg.tuned) as tuned, open_checkpoint(cfg.base) as base:
-        places = _check_models(tuned, base)
-        facts = model_families.describe(base)
-        layers, kept = _extract(tuned, base, places, _rank_rule(cfg))
+        changed, old = _check_models(tuned, base, with_convolutions=cfg.conv_rank is not None)
+        facts = model_families.describe(base, to_run=False)
+        wanted = sorted(name for name, place in old.items() if _is_wanted(name, place, cfg.conv_rank is not None))
+        layers, kept = _extract(tuned, base, {name: (changed[name], old[name]) for name in wanted}, _rank_rule(cfg))
+        rest = _rest(tuned, base, changed, old, wanted)
     if not layers:
+        hint = " They differ elsewhere; --conv-rank extracts convolutions too." if any(map(sum, rest.values())) else ""
         raise UserError(
-            f"{cfg.tuned} and {cfg.base} are the same in all {len(places[1])} layers that a LoRA goes on, so there is "
-            "nothing to extract. Is --base really the model from before?"
+            f"{cfg.tuned} and {cfg.base} are the same in all {len(wanted)} layers that a LoRA goes on, so there is "
+            f"nothing to extract.{hint} Is --base really the model from before?"
         )
     print("\n".join(report(kept)))
-    if same := places[1].keys() - layers.keys():
+    if same := set(wanted) - layers.keys():
         print(f"left out: {_count_parts(same)}, the same in both models")
+    print("\n".join(_told_rest(sum(one.total for one in kept.values()), rest)))
     if cfg.quality is not None:
         missed = [name for name, one in kept.items() if one.kept < cfg.quality * one.total]
         print(
@@ -57,13 +63,19 @@ def run(cfg: ExtractConfig) -> int:
     return 0
 
 
-def _rank_rule(cfg: ExtractConfig) -> Callable[[Tensor], int]:
-    if cfg.quality is not None:
-        quality, limit = cfg.quality, cfg.max_rank
-        return lambda values: min(rank_for_energy(values, quality), limit or len(values))
-    rank = cfg.rank
-    assert rank is not None, "one of both is given"
-    return lambda values: min(rank, len(values))
+def _rank_rule(cfg: ExtractConfig) -> Callable[[Shape, Tensor], int]:
+    """Return what chooses a layer's rank by the shape of its weight and its singular values."""
+
+    def choose(shape: Shape, values: Tensor) -> int:
+        is_spatial = len(shape) == 4 and shape[2:] != (1, 1)
+        if cfg.quality is None:
+            rank = cfg.conv_rank if is_spatial else cfg.rank
+            assert rank is not None, "one of rank and quality is given, and conv_rank where convolutions are wanted"
+            return min(rank, len(values))
+        limit = (cfg.conv_rank if is_spatial else cfg.max_rank) or len(values)
+        return min(rank_for_energy(values, cfg.quality), limit)
+
+    return choose
 
 
 def _count_parts(names: Iterable[str]) -> str:
@@ -72,10 +84,12 @@ def _count_parts(names: Iterable[str]) -> str:
 
 
 def _limited(cfg: ExtractConfig, missed: Sequence[str]) -> str:
-    return f"; the others would need a higher rank than --max-rank {cfg.max_rank}" if missed else ""
+    limits = [("--max-rank", cfg.max_rank), ("--conv-rank", cfg.conv_rank)]
+    given = " or ".join(f"{option} {value}" for option, value in limits if value)
+    return f"; the others would need a higher rank than {given}" if missed else ""
 
 
-def _check_models(tuned: Checkpoint, base: Checkpoint) -> tuple[Places, Places]:
+def _check_models(tuned: Checkpoint, base: Checkpoint, *, with_convolutions: bool) -> tuple[Places, Places]:
     """Return where the layers are in both, after checking from the headers that both fit.
 
     Raises:
@@ -89,36 +103,90 @@ def _check_models(tuned: Checkpoint, base: Checkpoint) -> tuple[Places, Places]:
             f"--tuned {tuned.path} is of the family {tuned_family}, --base {base.path} of {base_family}: nothing can "
             f"be extracted from models of different families. {again}"
         )
-    wrong = [name for name in sorted(old) if changed[name].shape != old[name].shape]
+    wanted = [name for name, place in sorted(old.items()) if _is_wanted(name, place, with_convolutions)]
+    wrong = [name for name in wanted if changed[name].shape != old[name].shape]
     if wrong:
         shown = ", ".join(f"{name} is {changed[name].shape} and {old[name].shape}" for name in wrong[:_NUM_SHOWN])
         raise UserError(
-            f"--tuned {tuned.path} and --base {base.path} have {len(wrong)} of {len(old)} layers of different "
+            f"--tuned {tuned.path} and --base {base.path} have {len(wrong)} of {len(wanted)} layers of different "
             f"shapes ({shown}). {again}"
         )
-    return changed, {name: place for name, place in old.items() if place.is_target}
+    return changed, old
+
+
+def _is_wanted(name: str, place: AdapterPlace, with_convolutions: bool) -> bool:
+    return place.is_target or (with_convolutions and _group(name, place) == _CONVOLUTIONS)
+
+
+def _group(name: str, place: AdapterPlace) -> str:
+    if len(place.shape) < 2:
+        return _NORMS
+    return _EMBEDDINGS if "_embeddings_" in name else _TARGETS if place.is_target else _CONVOLUTIONS
+
+
+_TARGETS, _CONVOLUTIONS = "layers that a plain LoRA goes on", "other convolutions and time layers"
+_NORMS, _EMBEDDINGS, _BIASES = "norms", "embeddings", "biases"
+
+
+def _rest(
+    tuned: Checkpoint, base: Checkpoint, changed: Places, old: Places, wanted: Sequence[str]
+) -> dict[str, list[float]]:
+    """Return the squared norms of what is different in each tensor that is not extracted, by group."""
+    found: dict[str, list[float]] = {}
+    for name in counted(sorted(old), len(old), "comparing the rest", unit="layer", is_shown=True):
+        place, other = old[name], changed.get(name)
+        group = _group(name, place)
+        ends = [] if name in wanted else [(group, place.source, other and other.source)]
+        if place.bias:
+            ends.append((_NORMS if group == _NORMS else _BIASES, place.bias, other and other.bias))
+        for kind, theirs, ours in ends:
+            if ours and tuned.shape(ours.name) == base.shape(theirs.name):
+                delta = ours.take(tuned.tensor(ours.name)).double() - theirs.take(base.tensor(theirs.name)).double()
+                _check_finite(delta, name, tuned, base)
+                found.setdefault(kind, []).append(delta.square().sum().item())
+    return found
+
+
+def _told_rest(extracted: float, rest: Mapping[str, Sequence[float]]) -> list[str]:
+    """Say how the change of U-Net and text encoder is spread, in shares of its squared norm."""
+    whole = extracted + sum(map(sum, rest.values()))
+    lines = [
+        f"of the whole change of U-Net and text encoder, {extracted / whole:.4%} of the energy lies in these layers"
+    ]
+    for group, squares in rest.items():
+        if any(squares):
+            way = "--conv-rank extracts it" if group == _CONVOLUTIONS else "a LoRA has no place for it"
+            lines.append(f"left out: {sum(squares) / whole:.4%} in {group} ({len(squares)} tensors): {way}")
+    return lines
 
 
 def _extract(
-    tuned: Checkpoint, base: Checkpoint, places: tuple[Places, Places], choose: Callable[[Tensor], int]
+    tuned: Checkpoint,
+    base: Checkpoint,
+    places: Mapping[str, tuple[AdapterPlace, AdapterPlace]],
+    choose: Callable[[Shape, Tensor], int],
 ) -> tuple[dict[str, Layer], dict[str, Kept]]:
     """Return the layers that differ, each with the rank that `choose` finds by its singular values."""
-    changed, old = places
     layers: dict[str, Layer] = {}
     kept: dict[str, Kept] = {}
-    for name in counted(sorted(old), len(old), "comparing layers", unit="layer", is_shown=True):
-        delta = (_read(tuned, changed[name]) - _read(base, old[name])).flatten(1)
-        if not torch.isfinite(delta).all():
-            raise UserError(
-                f"{name} holds NaN or infinity in {tuned.path} or {base.path}: that model is broken, get it anew."
-            )
+    for name in counted(places, len(places), "comparing layers", unit="layer", is_shown=True):
+        changed, old = places[name]
+        delta = (_read(tuned, changed) - _read(base, old)).flatten(1)
+        _check_finite(delta, name, tuned, base)
         if not delta.any():
             continue
         found = decompose(delta)
-        factors = found.cut(choose(found.values))
-        layers[name] = Layer(old[name].shape, factors, float(factors.rank))
+        factors = found.cut(choose(old.shape, found.values))
+        layers[name] = Layer(old.shape, factors, float(factors.rank))
         kept[name] = Kept(factors.rank, found.energy(factors.rank), found.energy())
     return layers, kept
+
+
+def _check_finite(delta: Tensor, name: str, tuned: Checkpoint, base: Checkpoint) -> None:
+    if not torch.isfinite(delta).all():
+        raise UserError(
+            f"{name} holds NaN or infinity in {tuned.path} or {base.path}: that model is broken, get it anew."
+        )
 
 
 def _read(checkpoint: Checkpoint, place: AdapterPlace) -> Tensor:

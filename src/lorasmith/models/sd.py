@@ -241,16 +241,19 @@ def matches(shapes: Mapping[str, Shape]) -> bool:
     return _layout(shapes) is not None
 
 
-def describe(checkpoint: Checkpoint, *, v2: bool | None, prediction: str | None, vae: str | None) -> ModelFacts:
+def describe(
+    checkpoint: Checkpoint, *, v2: bool | None, prediction: str | None, vae: str | None, to_run: bool
+) -> ModelFacts:
     """Return what the header says of the model.
 
     Args:
         v2: what the user says the family is; None: nothing.
         prediction: what the user says the U-Net predicts; None: nothing.
         vae: another VAE's file or folder instead of the model's own.
+        to_run: it must be possible to run it: it has a VAE, and takes latents.
 
     Raises:
-        UserError: it is of the other family, takes other inputs than latents, or there is no VAE.
+        UserError: it is of the other family, or cannot be run.
     """
     shapes = _shapes(checkpoint)
     layout = _require_layout(shapes)
@@ -262,7 +265,6 @@ def describe(checkpoint: Checkpoint, *, v2: bool | None, prediction: str | None,
             f"{checkpoint.path} is {_TITLES[family]} by its text encoder, but --v2 {str(v2).lower()} says that it is "
             f"{_TITLES['sd2' if v2 else 'sd1']}; leave --v2 out, or give the model that you mean."
         )
-    _check_vae(checkpoint.path, layout, vae)
     found, notes = _find_prediction(checkpoint, family, prediction)
     is_v = found == "v_prediction"
     side = _native_side(family, found)
@@ -392,7 +394,7 @@ def load(
     """
     shapes = _shapes(checkpoint)
     layout = _require_layout(shapes, is_ema=ema)
-    facts = describe(checkpoint, v2=None, prediction=prediction, vae=vae)
+    facts = describe(checkpoint, v2=None, prediction=prediction, vae=vae, to_run=True)
     num_layers = keys.NUM_TEXT_LAYERS[layout.family]
     if not 1 <= clip_skip <= num_layers:
         raise UserError(f"clip skip {clip_skip}; {facts.title} has {num_layers} text layers, give 1 to {num_layers}.")
