@@ -174,7 +174,9 @@ def test_a_run_does_not_go_on_with_other_embeddings(
         "none": [],
     }[change]
     assert resumed(begun, "--embeddings", *given) == 2
-    assert "files or embeddings make something else of them" in " ".join(capsys.readouterr().err.split())
+    assert "or embeddings, the dataset file or .npz files say something else" in " ".join(
+        capsys.readouterr().err.split()
+    )
 
 
 def test_names_may_be_put_together_from_variants_so_that_none_may_change(
@@ -186,7 +188,9 @@ def test_names_may_be_put_together_from_variants_so_that_none_may_change(
     with contextlib.redirect_stdout(io.StringIO()):
         assert main(words) == 0
     assert resumed(tmp_path / "run", "--steps", 2, "--embeddings") == 2
-    assert "or embeddings make something else of them" in " ".join(capsys.readouterr().err.split())
+    assert "or embeddings, the dataset file or .npz files say something else" in " ".join(
+        capsys.readouterr().err.split()
+    )
     assert resumed(tmp_path / "run", "--steps", 2) == 0
 
 

@@ -278,8 +278,8 @@ def _check_resumable(state: State, fingerprint: str, plan: Plan, total_steps: in
     """Refuse to go on with other data, another global batch, or a run that is over."""
     if state.facts.data_fingerprint != fingerprint:
         raise UserError(
-            "the pictures, captions or masks are not those that the run was started with, or the dataset file, .npz "
-            "files or embeddings make something else of them, so it cannot go on as it was. Put them back, or start a "
+            "the pictures, captions or masks are not those that the run was started with, or embeddings, the dataset "
+            "file or .npz files say something else of them, so it cannot go on as it was. Put them back, or start a "
             "new run from the saved LoRA with --weights."
         )
     if state.facts.unit_sizes != plan.unit_sizes:
