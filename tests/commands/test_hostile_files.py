@@ -85,7 +85,7 @@ DAMAGED = {
 }
 
 
-OPENS_MORE = {"merge --lora", "train --base", "train --weights"}
+OPENS_MORE = {"merge --lora", "train --base", "train --weights", "train --embeddings"}
 
 
 @pytest.mark.parametrize(
