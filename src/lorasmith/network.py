@@ -83,13 +83,15 @@ class Network(nn.Module):
         return cls(adapters, targets, dict.fromkeys(adapters, 1.0))
 
     @staticmethod
-    def check(shapes: Mapping[str, Sequence[int]], tensors: Mapping[str, Tensor]) -> None:
+    def check(shapes: Mapping[str, Sequence[int]], tensors: Mapping[str, Tensor]) -> dict[str, Adapter]:
         """Check from the shapes of the layers' weights alone, so before anything is loaded, that `load` will work.
+
+        Returns the adapters that it will make.
 
         Raises:
             UserError: one report of everything that is missing, unexpected or of another shape.
         """
-        _adapters_of_file(shapes, tensors)
+        return _adapters_of_file(shapes, tensors)
 
     @property
     def adapters(self) -> dict[str, Adapter]:

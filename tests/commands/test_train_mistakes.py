@@ -206,6 +206,7 @@ def tensors(*names: str, shape: tuple[int, ...] = (2, 2)) -> dict[str, torch.Ten
 
 
 UNET = "model.diffusion_model.input_blocks.0.0.weight"
+FLUX = "lora_unet_double_blocks_0_img_attn_proj"
 NO_BASE_MODELS = {
     "SDXL": tensors(UNET, "conditioner.embedders.1.model.ln_final.weight", "model.diffusion_model.label_emb.0.0.bias"),
     "SDXL's refiner": tensors(UNET, "conditioner.embedders.0.model.ln_final.weight"),
@@ -405,8 +406,8 @@ def test_weights_of_which_a_part_matches(place: Path, tmp_path: Path, refused: R
         ("picture.png", None, "no model file"),
         ("other.safetensors", tensors("a", "b"), "is no LoRA (it holds a)"),
         ("base.safetensors", tensors(UNET), "is a whole model"),
-        ("xl.safetensors", tensors("lora_te2_text_model_encoder.lora_down.weight"), "is an SDXL LoRA"),
-        ("flux.safetensors", tensors("lora_unet_double_blocks_0_img.lora_down.weight"), "is a FLUX LoRA"),
+        ("xl.safetensors", tensors(*(f"lora_te2_x.lora_{end}.weight" for end in ("up", "down"))), "is a LoRA for SDXL"),
+        ("flux.safetensors", tensors(*(f"{FLUX}.lora_{end}.weight" for end in ("up", "down"))), "is a LoRA for FLUX"),
         ("missing.safetensors", None, "no such file"),
     ],
 )
@@ -419,6 +420,28 @@ def test_weights_that_are_no_lora_for_it(
         Image.new("RGB", (8, 8)).save(tmp_path / name)
     told = refused(whole=weights(place, tmp_path, "--weights", str(tmp_path / name)))
     assert message in told and str(tmp_path / name) in told
+
+
+def test_weights_of_another_type_than_is_trained(place: Path, tmp_path: Path, refused: Refused) -> None:
+    def as_full(lora: dict[str, torch.Tensor]) -> None:
+        for name in {key.partition(".")[0] for key in lora}:
+            down, up = (lora.pop(f"{name}.lora_{end}.weight").flatten(1) for end in ("down", "up"))
+            lora[f"{name}.diff"] = up @ down
+
+    path = write_lora(tmp_path / "full.safetensors", place / "models" / "sd2.safetensors", as_full)
+    given = weights(place, tmp_path, "--weights", str(path), "--base", str(place / "models" / "sd2.safetensors"))
+    message = refused(whole=given)
+    assert "brings adapters of another type than lora (330 full); give --adapter full" in message
+    assert main([*given, "--adapter", "full", "--dry-run"]) == 0
+
+
+def test_weights_of_another_program(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_lora(tmp_path / "ours.safetensors", place / "models" / "sd1.safetensors")
+    theirs, args = str(tmp_path / "theirs.safetensors"), ["--to", "diffusers", "--output"]
+    assert main(["convert", str(path), *args, theirs]) == 0
+    assert main([*weights(place, tmp_path, "--weights", theirs), "--dry-run"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "starting from" in printed and "theirs.safetensors, which fits" in printed
 
 
 @pytest.mark.parametrize(("option", "value"), [("--rank", "3"), ("--alpha", "1")])

@@ -7,7 +7,7 @@ from lorasmith.cache_folder import Store
 from lorasmith.checkpoint import open_checkpoint
 from lorasmith.config import TrainConfig
 from lorasmith.data.dataset import Dataset
-from lorasmith.formats import kohya
+from lorasmith.formats.dialects import read_any
 from lorasmith.models.base import LatentDiffusion
 from lorasmith.network import Network, match
 from lorasmith.processes import Processes
@@ -41,7 +41,7 @@ def build_network(cfg: TrainConfig, model: LatentDiffusion) -> Network:
     if cfg.network.weights is None:
         return Network.create(targets, rules, seed=cfg.training.seed)
     return Network.load(
-        {name: targets[name] for name in match(targets, rules)}, kohya.read(cfg.network.weights).tensors
+        {name: targets[name] for name in match(targets, rules)}, read_any(cfg.network.weights).tensors
     )
 
 

@@ -2,15 +2,18 @@
 
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from tqdm import tqdm
 
 from lorasmith import config, lr, model_families
+from lorasmith.adapters.base import Adapter
 from lorasmith.cache_folder import Say, default_place, open_cache
 from lorasmith.checkpoint import open_checkpoint
 from lorasmith.config import TrainConfig
@@ -23,7 +26,8 @@ from lorasmith.data.plan import Plan, build_plan, validation_plan
 from lorasmith.data.records import ImageRecord
 from lorasmith.data.subsets import Augmentation, DatasetRules, Subset
 from lorasmith.errors import UserError
-from lorasmith.formats import embeddings, kohya
+from lorasmith.formats import embeddings
+from lorasmith.formats.dialects import read_any
 from lorasmith.network import Network, Rule, adapter_class, check_ranks, match
 from lorasmith.optimizers.base import builder
 from lorasmith.output_folder import OutputFolder, check_free
@@ -102,13 +106,14 @@ def prepare(cfg: TrainConfig, processes: Processes, state: State | None) -> Prep
     shapes = {name: shapes[name] for name in match(shapes, rules)}
     if cfg.network.weights is None:
         check_ranks(shapes, rules)
-        rank, alpha = _new_rank(cfg.network)
+        (rank, alpha), weight_notes = _new_rank(cfg.network), []
     else:
-        rank, alpha = _check_weights(cfg.network, facts, shapes)
+        rank, alpha, weight_notes = _check_weights(cfg.network, facts, shapes)
     if cfg.resume is None or output_folder(cfg).path.resolve() != run_folder(cfg.resume).resolve():
         check_free(output_folder(cfg), overwrite=cfg.save.overwrite)
     set_pixel_limit(cfg.data.max_megapixels)
     datasets, notes = _datasets(cfg, cfg.data.resolution or facts.resolution)
+    notes = [*weight_notes, *notes]
     _check_mask_options(cfg.data, datasets)
     say = _teller(processes)
     cache_place = _cache(cfg, say)
@@ -320,19 +325,20 @@ def _check_optimizer(state: State, name: str) -> None:
 
 def _check_weights(
     network: config.NetworkSection, facts: model_families.ModelFacts, shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[int, float]:
-    """Return the largest rank in starting weights, with its alpha.
+) -> tuple[int, float, list[str]]:
+    """Return the largest rank in starting weights, with its alpha, and notes on them.
 
     Raises:
-        UserError: they are broken, for another family, not for exactly these layers, or of another rank or alpha than
-            is asked for.
+        UserError: they are broken, for another family, not for exactly these layers, or of another type, rank or alpha
+            than is asked for.
     """
     path = network.weights
     assert path is not None
-    lora = kohya.read(path)
+    lora = read_any(path)
     if lora.family not in (facts.family, "unknown"):
+        title = _FAMILY_TITLES.get(lora.family, lora.family.upper())
         raise UserError(
-            f"--weights {path} is a LoRA for {_FAMILY_TITLES[lora.family]}, but the base model is {facts.title}; "
+            f"--weights {path} is a LoRA for {title}, but the base model is {facts.title}; "
             "give a LoRA that was trained for this base model, or the base model that it was trained for."
         )
     broken = [name for name, tensor in lora.tensors.items() if not torch.isfinite(tensor).all()]
@@ -342,13 +348,15 @@ def _check_weights(
             "made it had broken down; give an earlier save of it."
         )
     try:
-        Network.check(shapes, lora.tensors)
+        adapters = Network.check(shapes, lora.tensors)
     except UserError as error:
         raise UserError(f"--weights {path}: {error}") from error
-    ranks = {name: tensor.shape[0] for name, tensor in lora.tensors.items() if name.endswith(".lora_down.weight")}
-    widest = max(ranks, key=lambda name: ranks[name])
-    stored = lora.tensors.get(f"{widest.removesuffix('.lora_down.weight')}.alpha")
-    rank, alpha = ranks[widest], float(ranks[widest] if stored is None else stored)
+    types = Counter(type(adapter).__module__.rpartition(".")[2] for adapter in adapters.values())
+    if any(type(adapter) is not adapter_class(network.adapter) for adapter in adapters.values()):
+        told = ", ".join(f"{count} {name}" for name, count in types.most_common())
+        wanted = f"give --adapter {next(iter(types))}" if len(types) == 1 else "give weights of one type"
+        raise UserError(f"--weights {path} brings adapters of another type than {network.adapter} ({told}); {wanted}.")
+    rank, alpha = _stored_rank(network, adapters)
     given_rank = network.rank if "rank" in network.model_fields_set else None
     for name, asked, value in (("rank", given_rank, rank), ("alpha", network.alpha, alpha)):
         if asked is not None and not math.isclose(asked, value, rel_tol=1e-3):  # a file may hold alpha in fp16
@@ -356,7 +364,21 @@ def _check_weights(
                 f"--weights {path} brings rank {rank} and alpha {alpha:g}, but --{name} {asked:g} is given; "
                 "leave it out."
             )
-    return rank, alpha
+    unused = [f"{count} tensors are not used: {what}" for what, count in Counter(lora.extras.values()).items()]
+    return rank, alpha, [f"--weights {path}: {note}" for note in (*lora.notes, *unused)]
+
+
+def _stored_rank(network: config.NetworkSection, adapters: Mapping[str, Adapter]) -> tuple[int, float]:
+    """Return the largest rank of adapters from a file, with its alpha; for rotations the largest block."""
+    match adapter_class(network.adapter).alpha_means:
+        case "nothing":
+            return _new_rank(network)
+        case "constraint":
+            ranks = {name: adapter.get_parameter("oft_blocks").shape[-1] for name, adapter in adapters.items()}
+        case "scale":
+            ranks = {name: cast(int, adapter.rank) for name, adapter in adapters.items()}
+    widest = max(ranks, key=lambda name: ranks[name])
+    return ranks[widest], adapters[widest].get_buffer("alpha").item()
 
 
 def output_folder(cfg: TrainConfig) -> OutputFolder:
