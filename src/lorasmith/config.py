@@ -141,6 +141,7 @@ Separator = Annotated[str, AfterValidator(_check_separator)]
 Numbers = Annotated[list[float], Field(json_schema_extra={"format": "numbers"})]
 Rate = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+ShareLeftOut = Annotated[float, Field(ge=0, lt=1)]
 StepsOrShare = Annotated[float, Field(ge=0), AfterValidator(_check_steps_or_share)]
 LearningRateTable = Annotated[str, AfterValidator(_check_table)]
 
@@ -187,6 +188,23 @@ class NetworkSection(Section):
     )
     train: Literal["both", "unet", "text_encoder"] = Field(
         default="both", description="Which parts get a LoRA: U-Net and text encoder, or one of them."
+    )
+    neuron_dropout: ShareLeftOut = Field(
+        default=0.0, description="Share of the numbers between a LoRA's two factors that each step leaves out."
+    )
+    rank_dropout: ShareLeftOut = Field(
+        default=0.0, description="Share of a LoRA's ranks that is left out, other ones for each sample."
+    )
+    module_dropout: ShareLeftOut = Field(
+        default=0.0, description="Share of the layers whose adapter is left out, other ones for each step."
+    )
+    product_decay: Annotated[float, Field(ge=0)] = Field(
+        default=0.0,
+        description="Decay of what an adapter adds to its layer's weight, not of its factors alone (docs/losses.md).",
+    )
+    max_norm: Rate | None = Field(
+        default=None,
+        description="After each step, scale what an adapter adds to its layer's weight down to this norm; commonly 1.",
     )
     weights: Place | None = Field(
         default=None, description="Start from this LoRA file; rank and alpha are taken from it, every name must match."

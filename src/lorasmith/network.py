@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lorasmith import plugins
 from lorasmith.adapters.base import Adapter
+from lorasmith.dropout import Dropout
 from lorasmith.errors import UserError
 from lorasmith.seeds import derive
 
@@ -118,6 +119,29 @@ class Network(nn.Module):
         finally:
             self.multiplier = multiplier
 
+    @contextmanager
+    def dropping(self, dropout: Dropout) -> Iterator[None]:
+        """While entered, forward passes are of the dropout's samples, and leave out what it says."""
+        adapters = self.adapters
+        trained = [name for name in adapters if any(p.requires_grad for p in adapters[name].parameters())]
+        left_out = dropout.left_out(trained)
+        for name, adapter in adapters.items():
+            adapter.is_left_out = name in left_out
+            adapter.drop = partial(dropout.inner, name) if dropout.rates.has_inner else None
+        try:
+            yield
+        finally:
+            for adapter in adapters.values():
+                adapter.is_left_out, adapter.drop = False, None
+
+    def decay_gradients(self) -> Iterator[tuple[list[nn.Parameter], tuple[Tensor, ...]]]:
+        """Yield for each adapter that is trained its parameters, with gradients of half the square of delta's norm."""
+        for name, adapter in self.adapters.items():
+            parameters = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
+            if parameters:
+                half = adapter.delta_square(self._targets[name].get_parameter("weight")) / 2
+                yield parameters, torch.autograd.grad(half, parameters, materialize_grads=True)
+
     def attach(self) -> None:
         """Let every layer's forward go through its adapter; the layers' own weights are never touched."""
         assert not self._handles, "the network is attached already"
@@ -166,7 +190,7 @@ class Network(nn.Module):
 
 
 def _adapt_output(adapter: Adapter, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    return adapter(layer, args[0], output)
+    return output if adapter.is_left_out or not adapter.multiplier else adapter(layer, args[0], output)
 
 
 def _first(value: float | None, default: float) -> float:

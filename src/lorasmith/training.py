@@ -6,6 +6,7 @@ Draws nothing: noise, timesteps and augmentations come in the batches (law 1).
 import math
 import signal
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from lorasmith.errors import UserError
 from lorasmith.losses import PLAIN, Objective
 from lorasmith.models.base import Conditioning, LatentDiffusion
 from lorasmith.processes import Processes
+from lorasmith.regularizers import Regularizers
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # the first one wins where processes got different ones
 
@@ -75,10 +77,12 @@ class StepResult:
     """What one step reports, alike in all processes.
 
     loss: the mean over all samples of all processes. stop_signal: SIGINT or SIGTERM if any process got it.
+    num_limited: adapters whose norm was too large; None: it has no limit.
     """
 
     loss: float
     stop_signal: int | None
+    num_limited: int | None = None
 
 
 class Stepper:
@@ -87,6 +91,7 @@ class Stepper:
     Args:
         base_rates: learning rate of each of the optimizer's groups before the schedule's multiplier.
         max_grad_norm: 0 turns clipping off.
+        regularizers: of the adapters; None: none.
     """
 
     def __init__(
@@ -100,7 +105,9 @@ class Stepper:
         *,
         max_grad_norm: float,
         is_fp16: bool,
+        regularizers: Regularizers | None = None,
     ) -> None:
+        self._regularizers = regularizers
         self._model, self._parameters, self._optimizer = model, list(parameters), optimizer
         self._processes, self.encode, self.objective, self._max_grad_norm = processes, encode, objective, max_grad_norm
         self._base_rates = [group["lr"] for group in optimizer.param_groups]
@@ -119,27 +126,28 @@ class Stepper:
             LossNotFiniteError: at the first NaN or infinite loss, before any weight is changed.
         """
         with self._processes.together():
-            loss = self._accumulate(batches)
+            loss = self._accumulate(batches, step)
         asked = stop_signal()
         loss, *num_stops = self._processes.sums([loss, *(float(asked == number) for number in STOP_SIGNALS)])
         if not math.isfinite(loss):
             raise LossNotFiniteError(not_finite_message(step, loss))
         self._processes.sum_gradients_(self._parameters)
-        self._update(rate_multiplier)
+        num_limited = self._update(rate_multiplier)
         stops = [number for number, count in zip(STOP_SIGNALS, num_stops, strict=True) if count]
-        return StepResult(loss, stops[0] if stops else None)
+        return StepResult(loss, stops[0] if stops else None, num_limited)
 
-    def _accumulate(self, batches: Sequence[Batch]) -> float:
+    def _accumulate(self, batches: Sequence[Batch], step: int) -> float:
         """Add up the gradients of this process's batches; return its part of the loss."""
         self._optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), dtype=torch.float64)
         for batch in batches:
-            loss = weighted_loss(self._model, batch, self.encode, self.objective)
-            total += loss.detach().double().cpu()
-            self.scaler.scale(loss).backward()
+            with self._regularizers.dropping(step, batch.indexes) if self._regularizers else nullcontext():
+                loss = weighted_loss(self._model, batch, self.encode, self.objective)
+                total += loss.detach().double().cpu()
+                self.scaler.scale(loss).backward()  # within, as checkpointed layers compute again
         return total.item()
 
-    def _update(self, rate_multiplier: float) -> None:
+    def _update(self, rate_multiplier: float) -> int | None:
         for group, rate in zip(self._optimizer.param_groups, self._base_rates, strict=True):
             group["lr"] = rate * rate_multiplier
         self.scaler.unscale_(self._optimizer)
@@ -147,6 +155,7 @@ class Stepper:
             torch.nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm)
         self.scaler.step(self._optimizer)
         self.scaler.update()
+        return self._regularizers.after_step_(self._optimizer.param_groups) if self._regularizers else None
 
 
 def not_finite_message(step: int, value: float) -> str:

@@ -4,13 +4,18 @@ Runs are of two steps on a miniature model, of the text encoder alone where that
 a second.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from lorasmith.adapters.lora import LoRA
 from lorasmith.cli import main
 from tests.commands.test_train_options import COMMON, SGD, Place, Result, distance, same, write_pictures
+from tests.commands.test_train_processes import run_two
 
 STATES = ["--state-every-steps", 1, "--keep-states", 9]
 QUICK = ["--train", "text_encoder", *STATES]
@@ -51,7 +56,13 @@ CHANGING = [
     ["--pyramid-noise-levels", 4, "--pyramid-noise-discount", 0.8],
     ["--input-perturbation", 0.1],
     ["--input-perturbation", 0.1, "--input-perturbation-random"],
+    ["--neuron-dropout", 0.5],
+    ["--rank-dropout", 0.5],
+    ["--module-dropout", 0.5],
+    ["--product-decay", 5],
+    ["--max-norm", 0.0001],
 ]
+DROPOUT = ["--neuron-dropout", 0.2, "--rank-dropout", 0.3, "--module-dropout", 0.4]
 
 
 def without_last(options: list[object]) -> list[object]:
@@ -80,6 +91,7 @@ TOGETHER = [  # every option once
      "--loss-type", "smooth_l1"],
     ["--noise-offset", 0.1, "--noise-offset-random", "--noise-offset-adaptive", 0.5, "--pyramid-noise-levels", 4,
      "--pyramid-noise-discount", 0.8, "--input-perturbation", 0.1, "--input-perturbation-random"],
+    [*DROPOUT, "--product-decay", 5, "--max-norm", 0.01],
 ]  # fmt: skip
 
 
@@ -196,6 +208,53 @@ def test_a_dataset_file_marks_what_is_to_be_kept(place: Place, own: Path, prior:
     assert not same(marked, run("plain", ""))
 
 
+# ---- what holds the adapter back ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [["--workers", 3], ["--gradient-checkpointing"]], ids=str)
+def test_dropout_is_the_same_however_the_work_is_done(place: Place, options: list[object]) -> None:
+    assert same(place.train(*DROPOUT, *options), place.train(*DROPOUT))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no fork")
+def test_two_processes_of_batch_one_train_as_one_of_batch_two(place: Place, own: Path, prior: Path) -> None:
+    """With everything that is drawn for a sample, a step or a layer."""
+    drawn = [*DROPOUT, "--noise-offset", 0.1, "--noise-offset-random", "--pyramid-noise-levels", 3,
+             "--input-perturbation", 0.1, "--timestep-density", "logit_normal", "--min-snr-gamma", 5,
+             "--regularization", prior, "--diff-output-preservation", "--train", "text_encoder", "--max-norm", 0.01,
+             "--device", "cpu", "--precision", "fp32", *SGD]  # fmt: skip
+    one = place.train(*drawn, "--batch-size", 2, images=own)
+    words = ["--base", place.base, "--images", own, *COMMON, "--rank", 2, "--steps", 2, *drawn]
+    two = place.path / "two"
+    ended = run_two(["train", *map(str, words), "--output", str(two)], place.path / "logs")
+    assert ended.codes == [0, 0], ended.errors
+    assert distance(Result(two, ""), one) < 1e-3
+    assert Result(two, "").logged("loss") == pytest.approx(one.logged("loss"), rel=1e-4)
+
+
+def test_validation_and_samples_are_of_the_whole_adapter(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward, seen = LoRA.forward, list[tuple[bool, bool]]()
+
+    def noted(self: LoRA, *args: Any) -> Any:
+        seen.append((torch.is_grad_enabled(), self.drop is not None))
+        return forward(self, *args)
+
+    monkeypatch.setattr(LoRA, "forward", noted)
+    result = place.train(*QUICK, *DROPOUT, "--before-after", "--sample-steps", 1, "--validation-split", 0.3)
+    assert set(seen) == {(True, True), (False, False)}
+    assert result.tensors.keys() == place.train(*QUICK).tensors.keys()
+
+
+def test_how_many_norms_were_limited_is_logged(place: Place) -> None:
+    assert place.train(*QUICK, "--max-norm", 0.0001).logged("num_limited") == [72, 72]
+    assert place.train(*QUICK, "--max-norm", 1000).logged("num_limited") == [0, 0]
+    assert same(place.train(*QUICK, "--max-norm", 1000), place.train(*QUICK))
+    metadata = place.train(*QUICK, "--max-norm", 0.0001).metadata
+    assert metadata["ss_scale_weight_norms"] == "0.0001"
+    assert place.train(*QUICK, "--neuron-dropout", 0.5).metadata["ss_network_dropout"] == "0.5"
+    assert place.train(*QUICK).metadata["ss_network_dropout"] == "None"
+
+
 # ---- mistakes -------------------------------------------------------------------------------------------------------
 
 
@@ -222,6 +281,9 @@ def mistake(place: Place, capsys: pytest.CaptureFixture[str], *options: object) 
         (["--pyramid-noise-discount", 0.5], "pyramid_noise_discount is for pyramid_noise_levels"),
         (["--input-perturbation-random"], "input_perturbation_random is for input_perturbation"),
         (["--diff-output-preservation"], "diff_output_preservation is for regularization pictures, but"),
+        (["--adapter", "dora", "--rank-dropout", 0.1], "no such place in a DoRA; give --module-dropout, which all"),
+        (["--adapter", "dora", "--max-norm", 1], "max_norm scales adapters down: "),
+        (["--module-dropout", 1], "--module-dropout 1: expected a number at least 0 and below 1"),
         (["--max-timestep", 1001], "--max-timestep 1001: expected a whole number above 0 and at most 1000"),
     ],
 )

@@ -8,7 +8,7 @@ class as `ADAPTER`; `lorasmith.network` finds it by the module's name.
 import difflib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, ClassVar, Literal, cast
 
@@ -33,7 +33,11 @@ class Adapter(nn.Module, ABC):
     )
     lycoris_args: ClassVar[str] = ""  # by which LyCORIS knows the type in a file's metadata, as `key=value key=value`
 
+    has_inner_dropout: ClassVar[bool] = False  # whether `forward` lets `drop` work between its factors
+
     multiplier: float = 1.0  # strength at which the change is applied; not saved
+    drop: Callable[[Tensor, int], Tensor] | None = None  # see `dropout.Dropout.inner`; while a step is trained
+    is_left_out: bool = False  # has no part in the step that is trained
 
     def __init__(self, layer_shape: Sequence[int], rank: int, alpha: float | None = None, **options: Any) -> None:
         """Build for a layer whose weight has `layer_shape`; `alpha` None means alpha = rank."""
@@ -107,6 +111,10 @@ class Adapter(nn.Module, ABC):
         Raises:
             ValueError: no tensors of this type make a multiple of `delta`.
         """
+
+    def delta_square(self, weight: Tensor) -> Tensor:
+        """Return the squared Frobenius norm of `delta(weight)`, a 0-dim tensor that gradients go through."""
+        return self.delta(weight).square().sum()
 
     def delta_norm(self, weight: Tensor) -> Tensor:
         """Return the Frobenius norm of `delta(weight)`, a 0-dim tensor."""

@@ -20,6 +20,7 @@ class DoRA(LoRA):
 
     required_names = LoRA.required_names | {"dora_scale"}
     lycoris_args = "algo=lora dora_wd=True"
+    has_inner_dropout = False
 
     def __init__(
         self,
@@ -53,6 +54,10 @@ class DoRA(LoRA):
     def delta(self, weight: Tensor) -> Tensor:
         """Return W' - W, in fp32 and of the weight's shape."""
         return decomposed(weight, super().delta(weight), self.dora_scale)
+
+    def delta_square(self, weight: Tensor) -> Tensor:
+        """Return the squared Frobenius norm of delta."""
+        return Adapter.delta_square(self, weight)
 
     def delta_norm(self, weight: Tensor) -> Tensor:
         """Return the Frobenius norm of delta."""

@@ -22,6 +22,7 @@ class LoRA(Adapter):
     required_names = frozenset({"lora_down.weight", "lora_up.weight"})
     optional_names = frozenset({"alpha", "lora_mid.weight"})
     lycoris_args = "algo=lora"
+    has_inner_dropout = True
 
     def __init__(
         self, layer_shape: Sequence[int], rank: int, alpha: float | None = None, *, use_tucker: bool = False
@@ -73,6 +74,13 @@ class LoRA(Adapter):
                 return (up @ down).view(weight.shape)
             return torch.einsum("m n ..., o m, n i -> o i ...", self.lora_mid.weight.float(), up, down)
 
+    def delta_square(self, weight: Tensor) -> Tensor:
+        """Return |U D|^2 = trace(U^T U D D^T), scaled; delta is built only where there is a `mid`."""
+        if self.lora_mid is not None:
+            return super().delta_square(weight)
+        down, up = self.lora_down.weight.flatten(1), self.lora_up.weight.flatten(1)
+        return ((up.T @ up) * (down @ down.T)).sum() * (self.alpha / self.rank).square()
+
     def delta_norm(self, weight: Tensor) -> Tensor:
         """Return the Frobenius norm of delta, without building it where there is no `mid`."""
         if self.lora_mid is not None:
@@ -93,8 +101,10 @@ class LoRA(Adapter):
             assert layer.groups == 1 and layer.padding_mode == "zeros", "LoRA on a grouped or circular convolution"
             kernel = down if self.lora_mid is None else self.lora_mid.weight.to(x.dtype)
             inner = x if self.lora_mid is None else F.conv2d(x, down)
-            return output + F.conv2d(F.conv2d(inner, kernel, None, layer.stride, layer.padding, layer.dilation), up)
-        return output + F.linear(F.linear(x, down), up)
+            hidden = F.conv2d(inner, kernel, None, layer.stride, layer.padding, layer.dilation)
+            return output + F.conv2d(hidden if self.drop is None else self.drop(hidden, 1), up)
+        hidden = F.linear(x, down)
+        return output + F.linear(hidden if self.drop is None else self.drop(hidden, -1), up)
 
 
 def check_factors(layer_shape: Sequence[int], tensors: Mapping[str, Tensor]) -> tuple[int, bool]:

@@ -24,6 +24,7 @@ from lorasmith.training_run.objective import objective_of
 from lorasmith.training_run.page import describe_plan
 from lorasmith.training_run.preparation import Preparation, check_device, prepare, require_options
 from lorasmith.training_run.prior import before_drawing, draw_prior_pictures, missing_prior_pictures, to_draw_note
+from lorasmith.training_run.regularizing import regularizers_of
 from lorasmith.training_run.resuming import merged_options, run_folder
 from lorasmith.training_run.session import Session
 from lorasmith.training_state import find_state, load_state
@@ -109,6 +110,7 @@ def _session(cfg: TrainConfig, ready: Preparation, processes: Processes) -> Sess
         objective_of(cfg.loss, network.switched_off),
         max_grad_norm=cfg.optimizer.max_grad_norm,
         is_fp16=ready.precision == "fp16",
+        regularizers=regularizers_of(cfg, network),
     )
     decay = cfg.training.ema_decay
     average = None if decay is None else WeightAverage(network.named_parameters(), decay)

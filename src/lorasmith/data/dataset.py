@@ -52,7 +52,7 @@ class Batch:
     mask: (B, 1, H/f, W/f), what each place's error is multiplied by (`losses.mask_factors`); None: there are no masks.
     posterior_noise, noise: (B, C, H/f, W/f), standard normal. t: (B,), what the model calls time. noise_draws: what
     makes the noise another; None: nothing. keeps_output: (B,), whether a sample's target is the base model's output;
-    None: no sample's.
+    None: no sample's. indexes: of the samples in the global batch of their step.
     weight: (B,), of each sample's loss; 0 for padding. count: samples of the whole global step, over all processes
     and micro-batches, without padding; the sum of weight * loss over all of them, divided by it, is the step's mean.
     """
@@ -68,6 +68,7 @@ class Batch:
     mask: Tensor | None = None
     noise_draws: NoiseDraws | None = None
     keeps_output: Tensor | None = None
+    indexes: Sequence[int] = ()
 
 
 class Dataset:
@@ -162,6 +163,7 @@ class Dataset:
             mask=self._mask_factors(masks, (1, *shape[1:])),
             noise_draws=self._draw_noise(step, samples, shape),
             keeps_output=torch.tensor(keeps_output) if any(keeps_output) else None,
+            indexes=[sample.index for sample in samples],
         )
 
     def _draw_noise(self, step: int, samples: Sequence[Sample], shape: tuple[int, int, int]) -> NoiseDraws | None:

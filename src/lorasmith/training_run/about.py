@@ -72,6 +72,8 @@ def file_metadata(cfg: TrainConfig, ready: Preparation, step: int, started_at: f
         "mixed_precision": {"fp32": "no"}.get(ready.precision, ready.precision),
         "seed": training.seed,
         "prior_loss_weight": data.prior_loss_weight,
+        "network_dropout": cfg.network.neuron_dropout or None,
+        "scale_weight_norms": cfg.network.max_norm,
         "loss_type": loss.loss_type,
         "huber_c": loss.huber_c,
         "huber_scale": loss.huber_scale,

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-from lorasmith.config import LossSection, TrainConfig
+from lorasmith.config import LossSection, NetworkSection, TrainConfig
 from lorasmith.diffusion import Prediction, Timesteps
 from lorasmith.errors import UserError
 from lorasmith.losses import Objective
@@ -65,7 +65,12 @@ def check_prediction(loss: LossSection, prediction: Prediction) -> None:
 _PREDICTED = {"epsilon": "the noise (epsilon)", "v_prediction": "v (v_prediction)"}
 
 
+def _regularizers(network: NetworkSection) -> dict[str, float]:
+    names = {"neuron_dropout", "rank_dropout", "module_dropout", "product_decay", "max_norm"}
+    return network.model_dump(include=names, exclude_defaults=True)
+
+
 def objective_line(cfg: TrainConfig) -> str:
-    """Return all options of loss and noise that are not as they are when left out, as they would be given."""
-    changed = cfg.loss.model_dump(exclude_defaults=True)
+    """Return all options of loss, noise and regularizers that are not as they are when left out."""
+    changed = {**cfg.loss.model_dump(exclude_defaults=True), **_regularizers(cfg.network)}
     return ", ".join(name if value is True else f"{name} {value}" for name, value in changed.items())

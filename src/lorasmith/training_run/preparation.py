@@ -34,6 +34,7 @@ from lorasmith.output_folder import OutputFolder, check_free
 from lorasmith.processes import Processes
 from lorasmith.training_run.objective import check_prediction
 from lorasmith.training_run.own_words import OwnWords, own_words
+from lorasmith.training_run.regularizing import check_adapters
 from lorasmith.training_run.resuming import run_folder
 from lorasmith.training_run.samples import Drawing, drawings
 from lorasmith.training_state import (
@@ -109,6 +110,7 @@ def prepare(cfg: TrainConfig, processes: Processes, state: State | None) -> Prep
         (rank, alpha), weight_notes = _new_rank(cfg.network), []
     else:
         rank, alpha, weight_notes = _check_weights(cfg.network, facts, shapes)
+    check_adapters(cfg.network, shapes, rules)
     if cfg.resume is None or output_folder(cfg).path.resolve() != run_folder(cfg.resume).resolve():
         check_free(output_folder(cfg), overwrite=cfg.save.overwrite)
     set_pixel_limit(cfg.data.max_megapixels)

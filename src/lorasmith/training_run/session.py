@@ -118,7 +118,7 @@ class Session:
                     self.average.update(self.done)
                 with processes.together():
                     if processes.is_main:
-                        self._log(result.loss, rate)
+                        self._log(result.loss, rate, result.num_limited)
                     progress.advance(result.loss)
                 if result.stop_signal is None and self._is_validation_due():
                     progress.say(self._validate(dataset))
@@ -313,14 +313,17 @@ class Session:
             self.board = SummaryWriter(str(self.folder.tensorboard), purge_step=self.done + 1)
             stack.callback(self.board.close)
 
-    def _log(self, loss: float, rate: float) -> None:
+    def _log(self, loss: float, rate: float, num_limited: int | None) -> None:
         assert self.losses is not None
         rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
-        self.losses.append(self.done, loss, lr=max(rates.values()))
+        limited = {} if num_limited is None else {"num_limited": num_limited}
+        self.losses.append(self.done, loss, lr=max(rates.values()), **limited)
         if self.board is not None:
             self.board.add_scalar("loss", loss, self.done)
             for name, value in rates.items():
                 self.board.add_scalar(f"lr/{name}", value, self.done)
+            for name, value in limited.items():
+                self.board.add_scalar(name, value, self.done)
 
     def _save_lora(self, path: Path) -> dict[str, float]:
         """Write the LoRA, read it back and compare; return the norm of each module's update."""

@@ -1,0 +1,61 @@
+"""What holds a run's adapters back, as its options say it, and whether these adapters can be held back so."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+from lorasmith import plugins
+from lorasmith.adapters.base import Adapter
+from lorasmith.config import NetworkSection, TrainConfig
+from lorasmith.dropout import DropoutRates
+from lorasmith.errors import UserError
+from lorasmith.network import Network, Rule, adapter_class
+from lorasmith.regularizers import Regularizers
+
+
+def regularizers_of(cfg: TrainConfig, network: Network) -> Regularizers:
+    """Return what holds the network's adapters back.
+
+    Raises:
+        UserError: the starting weights' adapters cannot be held back so.
+    """
+    options = cfg.network
+    _check(options, network.adapters.values())
+    return Regularizers(
+        network,
+        _rates(options),
+        seed=cfg.training.seed,
+        product_decay=options.product_decay,
+        max_norm=options.max_norm,
+    )
+
+
+def check_adapters(network: NetworkSection, shapes: Mapping[str, Sequence[int]], rules: Sequence[Rule]) -> None:
+    """Refuse, before anything is loaded, what adapters of these types cannot be held back by.
+
+    Raises:
+        UserError: names the type, and those that can.
+    """
+    smallest = min(shapes.values(), key=math.prod)
+    _check(network, (adapter_class(rule.adapter)(smallest, rule.rank, rule.alpha, **rule.options) for rule in rules))
+
+
+def _rates(network: NetworkSection) -> DropoutRates:
+    return DropoutRates(network.neuron_dropout, network.rank_dropout, network.module_dropout)
+
+
+def _check(network: NetworkSection, adapters: Iterable[Adapter]) -> None:
+    if not _rates(network).has_inner and network.max_norm is None:
+        return
+    for adapter in adapters:
+        kind = type(adapter)
+        if _rates(network).has_inner and not kind.has_inner_dropout:
+            able = [name for name in plugins.names("adapters") if adapter_class(name).has_inner_dropout]
+            raise UserError(
+                "neuron_dropout and rank_dropout leave something out between two factors, and there is no such place "
+                f"in a {kind.__name__}; give --module-dropout, which all types have, or --adapter {' or '.join(able)}."
+            )
+        if network.max_norm is not None:
+            try:
+                adapter.scale_(1.0)
+            except ValueError as error:
+                raise UserError(f"max_norm scales adapters down: {error}.") from error
