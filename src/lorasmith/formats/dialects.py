@@ -1,8 +1,8 @@
 """Recognises a LoRA file by its keys, whoever wrote it, and reads it under sd-scripts' names.
 
 A dialect is a way of spelling the same layers and factors; docs/formats.md says who writes and reads which. What kind
-of change a layer holds (LoRA, LoHa, DoRA ...) is told by its tensors and kept as it is. `kohya.read` stays the strict
-reader for training; this one is for `lorasmith convert` and `lorasmith inspect`.
+of change a layer holds (LoRA, LoHa, DoRA ...) is told by its tensors and kept as it is. All commands
+read with `read_any`; `kohya.read` is for files that the program itself has written.
 """
 
 import re
