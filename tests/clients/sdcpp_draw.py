@@ -9,11 +9,12 @@ from cyllama.sd import stable_diffusion as engine
 
 
 def main(checkpoint: str, picture: str, lora: str | None = None) -> None:
-    engine.set_log_callback(lambda level, text: print(text, end="", flush=True))
     context_options = engine.SDContextParams()
     context_options.model_path = checkpoint
     context_options.n_threads = 2
     context = engine.SDContext(context_options)
+    # Not before: the threads that load a model would wait for the interpreter, which waits for them.
+    engine.set_log_callback(lambda level, text: print(text, end="", flush=True))
     options = engine.SDImageGenParams()
     options.prompt, options.seed, options.width, options.height = "a cat", 7, 64, 64
     options.sample_params.sample_steps = 1
