@@ -2,7 +2,7 @@
 
 A dialect is a way of spelling the same layers and factors; docs/formats.md says who writes and reads which. What kind
 of change a layer holds (LoRA, LoHa, DoRA ...) is told by its tensors and kept as it is. All commands
-read with `read_any`; `kohya.read` is for files that the program itself has written.
+read with `read_any`; `kohya.read` takes plain LoRA in sd-scripts' form alone.
 """
 
 import re
