@@ -29,7 +29,7 @@ from lorasmith.data.plan import build_plan
 from lorasmith.data.records import ImageRecord
 from lorasmith.data.subsets import Subset
 from lorasmith.memory import set_attention
-from lorasmith.network import Network, Rule
+from lorasmith.network import PARTS, Network, PartRate, Rule
 from lorasmith.optimizers import adamw
 from lorasmith.processes import Processes
 from lorasmith.training import Stepper
@@ -76,7 +76,7 @@ def make_step(task: Task, is_cached: bool) -> Step:
     network = Network.create(model.adapter_targets(), [Rule(rank=4)], seed=42)
     network.attach()
     set_attention(model, "sdpa")
-    optimizer = adamw.build(network.param_groups(learning_rate=1e-4))
+    optimizer = adamw.build(network.param_groups(dict.fromkeys(PARTS.values(), PartRate(1e-4))))
     stepper = Stepper(
         model, list(network.parameters()), optimizer, Processes("cpu"), model.encode_text, max_grad_norm=1.0,
         is_fp16=False,

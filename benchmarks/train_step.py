@@ -24,7 +24,7 @@ from lorasmith.data.dataset import Batch
 from lorasmith.memory import set_attention, set_gradient_checkpointing
 from lorasmith.models.keys import sd as keys
 from lorasmith.models.tokenizer import build as build_tokenizer
-from lorasmith.network import Network, Rule
+from lorasmith.network import PARTS, Network, PartRate, Rule
 from lorasmith.optimizers import adamw
 from lorasmith.processes import Processes
 from lorasmith.training import Stepper
@@ -69,7 +69,7 @@ def make_ours(task: Task) -> Step:
     network.attach()
     set_attention(model, "sdpa")
     set_gradient_checkpointing(model, False)
-    optimizer = adamw.build(network.param_groups(learning_rate=LEARNING_RATE))
+    optimizer = adamw.build(network.param_groups(dict.fromkeys(PARTS.values(), PartRate(LEARNING_RATE))))
     parameters = list(network.parameters())
     stepper = Stepper(
         model, parameters, optimizer, Processes("cpu"), model.encode_text, max_grad_norm=CLIP, is_fp16=False

@@ -8,7 +8,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 
 from lorasmith.errors import UserError
-from lorasmith.network import Network, Rule, check_ranks, match
+from lorasmith.network import Network, PartRate, Rule, check_ranks, match
 
 TE = "lora_te_text_model_encoder_layers_0_mlp_fc1"
 TO_K = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
@@ -216,19 +216,43 @@ def test_multiplier_scales_every_layer_and_detach_ends_it() -> None:
 def test_learning_rates_of_the_parts_and_of_rules() -> None:
     rules = [Rule("*to_k", lr_scale=0.5), Rule()]
     network = Network.create(make_targets(), rules, seed=1)
-    groups = network.param_groups(learning_rate=1e-4, text_encoder_lr=1e-5)
+    groups = network.param_groups({"unet": PartRate(1e-4), "text_encoder": PartRate(1e-5)})
     assert [(group["name"], group["lr"]) for group in groups] == [
         ("text_encoder", 1e-5), ("unet", 5e-5), ("unet", 1e-4)
     ]  # fmt: skip
     grouped = [id(parameter) for group in groups for parameter in group["params"]]
     assert sorted(grouped) == sorted(id(parameter) for parameter in network.parameters())
-    assert [g["lr"] for g in network.param_groups(learning_rate=1e-4, unet_lr=2e-4)] == [1e-4, 1e-4, 2e-4]
 
 
-def test_a_learning_rate_for_a_part_that_is_not_trained_is_refused() -> None:
-    network = Network.create(make_targets(), [Rule("lora_unet*")], seed=1)
-    with pytest.raises(UserError, match="text_encoder_lr = 1e-05 is given, but nothing of the text_encoder"):
-        network.param_groups(learning_rate=1e-4, text_encoder_lr=1e-5)
+def test_what_has_a_rate_of_0_is_in_no_group() -> None:
+    network = Network.create(make_targets(), [Rule()], seed=1)
+    groups = network.param_groups({"unet": PartRate(1e-4), "text_encoder": PartRate(0.0, up_ratio=4)})
+    assert [group["name"] for group in groups] == ["unet"]
+    wanted = sum(len(list(a.parameters())) for name, a in network.adapters.items() if name.startswith("lora_unet"))
+    assert len(groups[0]["params"]) == wanted
+
+
+def test_the_up_halves_learn_faster_and_excluded_tensors_are_not_decayed() -> None:
+    network = Network.create(make_targets(), [Rule("*to_k", lr_scale=0.5), Rule()], seed=1)
+    rates = {"unet": PartRate(1e-4, up_ratio=16), "text_encoder": PartRate(1e-5)}
+    groups = network.param_groups(rates, ["*to_k.lora_down.weight"])
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    seen = {}
+    for group in groups:
+        for parameter in group["params"]:
+            seen[names[id(parameter)]] = group["lr"], group.get("weight_decay")
+    assert seen.keys() == set(names.values())
+    for name, (rate, decay) in seen.items():
+        is_unet = name.startswith("lora_unet")
+        expected = (1e-4 if is_unet else 1e-5) * (0.5 if "to_k" in name else 1)
+        expected *= 16 if is_unet and name.endswith("lora_up.weight") else 1
+        assert rate == pytest.approx(expected) and decay == (0.0 if name.endswith("to_k.lora_down.weight") else None)
+
+
+def test_a_faster_up_half_needs_one() -> None:
+    network = Network.create(make_targets(), [Rule(adapter="full")], seed=1)
+    with pytest.raises(UserError, match=r"lora_plus_ratio is for adapters with a lora_up\.weight, and there is none"):
+        network.param_groups({part: PartRate(1e-4, up_ratio=2) for part in ("unet", "text_encoder")})
 
 
 def test_norms_are_those_of_delta_and_clipping_holds_them() -> None:
@@ -249,7 +273,7 @@ def test_training_a_layer_towards_another_works_end_to_end() -> None:
     layer, wanted = nn.Linear(8, 8).requires_grad_(False), nn.Linear(8, 8).requires_grad_(False)
     network = Network.create({"lora_unet_x": layer}, [Rule(rank=8)], seed=0)
     network.attach()
-    optimizer = torch.optim.Adam(network.param_groups(learning_rate=0.02))
+    optimizer = torch.optim.Adam(network.param_groups({"unet": PartRate(0.02)}))
     x = torch.randn(64, 8)
     start = (layer(x) - wanted(x)).square().mean().item()
     for _ in range(300):

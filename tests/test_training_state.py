@@ -47,7 +47,7 @@ class Learner:
 
 
 def facts(step: int) -> StateFacts:
-    return StateFacts(step, "ab12", 1.7e9 + 0.1, (2,))
+    return StateFacts(step, "ab12", 1.7e9 + 0.1, (2,), "adamw")
 
 
 def save(states: Path, *steps: int, keep: int = 9) -> None:

@@ -140,6 +140,7 @@ TokenLength = Annotated[int, AfterValidator(_check_token_length)]
 Separator = Annotated[str, AfterValidator(_check_separator)]
 Numbers = Annotated[list[float], Field(json_schema_extra={"format": "numbers"})]
 Rate = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 ShareLeftOut = Annotated[float, Field(ge=0, lt=1)]
 StepsOrShare = Annotated[float, Field(ge=0), AfterValidator(_check_steps_or_share)]
@@ -399,12 +400,32 @@ class OptimizerSection(Section):
     """The optimizer and its learning rates."""
 
     optimizer: str = Field(
-        default="adamw", description="Optimizer: a name from lorasmith.optimizers or a dotted module."
+        default="adamw", description="Optimizer: a name from docs/optimizers.md, or a class by its dotted name."
     )
-    learning_rate: Rate = Field(default=1e-4, description="Learning rate of every part that has none of its own.")
-    unet_lr: Rate | None = Field(default=None, description="Learning rate of the U-Net's LoRA.")
-    text_encoder_lr: Rate | None = Field(default=None, description="Learning rate of the text encoder's LoRA.")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.01, description="Weight decay.")
+    optimizer_args: list[str] = Field(
+        default_factory=list, description="The optimizer's arguments, such as betas=0.9,0.99 eps=1e-6."
+    )
+    learning_rate: Rate | None = Field(
+        default=None,
+        description="Learning rate of every part that has none of its own; left out, 0.0001, or 1 with an optimizer "
+        "that finds its own.",
+    )
+    unet_lr: NotNegative | None = Field(
+        default=None, description="Learning rate of the U-Net's LoRA; 0: it stays as it is."
+    )
+    text_encoder_lr: NotNegative | None = Field(
+        default=None, description="Learning rate of the text encoder's LoRA; 0: it stays as it is."
+    )
+    lora_plus_ratio: Rate | None = Field(
+        default=None, description="LoRA+: how many times faster the half learns that begins at zero; commonly 16."
+    )
+    unet_lora_plus_ratio: Rate | None = Field(default=None, description="The same for the U-Net alone.")
+    text_encoder_lora_plus_ratio: Rate | None = Field(default=None, description="The same for the text encoder alone.")
+    weight_decay: NotNegative = Field(default=0.01, description="Weight decay.")
+    weight_decay_exclude: list[str] = Field(
+        default=["*.dora_scale"],
+        description="Patterns of the saved names of tensors without weight decay; none after it: all have it.",
+    )
     lr_schedule: Literal[
         "constant", "linear", "cosine", "cosine_restarts", "polynomial", "inverse_sqrt", "warmup_stable_decay",
         "piecewise",
@@ -712,6 +733,11 @@ def contradictions(cfg: TrainConfig) -> list[str]:
         ),
         "unet_lr is given, but train = text_encoder leaves the U-Net alone; leave out one of them": (
             optimizer.unet_lr and network.train == "text_encoder"
+        ),
+        "text_encoder_lora_plus_ratio is given, but train = unet leaves the text encoder alone; leave out one of "
+        "them": optimizer.text_encoder_lora_plus_ratio and network.train == "unet",
+        "unet_lora_plus_ratio is given, but train = text_encoder leaves the U-Net alone; leave out one of them": (
+            optimizer.unet_lora_plus_ratio and network.train == "text_encoder"
         ),
         **dict.fromkeys(_bucket_contradictions(data, are_in_file=data.dataset_config is not None), True),
         "saves and save_every_epochs both say after which epochs to save; leave out one of them": cfg.save.saves

@@ -23,6 +23,7 @@ from lorasmith.seeds import derive
 
 PARTS = {"lora_te": "text_encoder", "lora_unet": "unet"}  # how a saved name starts -> the model's part, in group order
 _TEXT_WIDTHS = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}
+_UP = "lora_up.weight"
 _NUM_SHOWN = 5
 
 
@@ -36,6 +37,18 @@ class Rule:
     alpha: float | None = None  # None: alpha = rank, which is scale 1
     lr_scale: float = 1.0
     options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PartRate:
+    """How fast a part learns.
+
+    rate: 0 leaves it as it is. up_ratio: how many times faster the half learns that begins at zero, which is LoRA+
+    (Hayou et al. 2024, https://arxiv.org/abs/2402.12354).
+    """
+
+    rate: float
+    up_ratio: float = 1.0
 
 
 class Network(nn.Module):
@@ -154,25 +167,39 @@ class Network(nn.Module):
             handle.remove()
         self._handles.clear()
 
-    def param_groups(
-        self, *, learning_rate: float, unet_lr: float | None = None, text_encoder_lr: float | None = None
-    ) -> list[dict[str, Any]]:
+    def param_groups(self, rates: Mapping[str, PartRate], undecayed: Sequence[str] = ()) -> list[dict[str, Any]]:
         """Return the optimizer's groups (`params`, `lr`, `name`): text encoder, then U-Net, split by lr_scale.
 
+        What a part with a rate of 0 holds is in none.
+
+        Args:
+            rates: by part, for all parts that have adapters.
+            undecayed: patterns (fnmatch) of the saved names of tensors whose group has `weight_decay` 0.
+
         Raises:
-            UserError: a learning rate is given for a part that has no adapters.
+            UserError: the up half of an adapter is to learn faster, but there is none.
         """
-        rates = {"text_encoder": text_encoder_lr, "unet": unet_lr}
-        grouped: dict[tuple[str, float], list[nn.Parameter]] = defaultdict(list)
+        grouped: dict[tuple[int, float, bool, bool], list[nn.Parameter]] = defaultdict(list)
+        order, has_faster = list(PARTS.values()), any(rate.rate and rate.up_ratio != 1 for rate in rates.values())
         for name, adapter in self.adapters.items():
-            grouped[part_of(name), self._lr_scales[name]].extend(adapter.parameters())
-        for part, rate in rates.items():
-            if rate is not None and not any(part == used for used, _ in grouped):
-                raise UserError(f"{part}_lr = {rate} is given, but nothing of the {part} is trained; leave it out.")
-        order = list(PARTS.values())
+            part = part_of(name)
+            for tensor, parameter in adapter.named_parameters():
+                is_faster = rates[part].up_ratio != 1 and tensor == _UP
+                is_undecayed = any(fnmatchcase(f"{name}.{tensor}", pattern) for pattern in undecayed)
+                key = order.index(part), self._lr_scales[name], is_faster, is_undecayed
+                if rates[part].rate:
+                    grouped[key].append(parameter)
+        if has_faster and not any(is_faster for _, _, is_faster, _ in grouped):
+            raise UserError(f"lora_plus_ratio is for adapters with a {_UP}, and there is none here; leave it out.")
         return [
-            {"params": grouped[part, scale], "lr": _first(rates[part], learning_rate) * scale, "name": part}
-            for part, scale in sorted(grouped, key=lambda key: (order.index(key[0]), key[1]))
+            {
+                "params": grouped[key],
+                "lr": rates[order[number]].rate * scale * (rates[order[number]].up_ratio if is_faster else 1),
+                "name": order[number] + ("/up" if is_faster else ""),
+                **({"weight_decay": 0.0} if is_undecayed else {}),
+            }
+            for key in sorted(grouped)
+            for number, scale, is_faster, is_undecayed in [key]
         ]
 
     @torch.no_grad()
@@ -191,10 +218,6 @@ class Network(nn.Module):
 
 def _adapt_output(adapter: Adapter, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
     return output if adapter.is_left_out or not adapter.multiplier else adapter(layer, args[0], output)
-
-
-def _first(value: float | None, default: float) -> float:
-    return default if value is None else value
 
 
 def part_of(name: str) -> str:

@@ -31,13 +31,14 @@ class StateFacts:
     """What a state says of its run.
 
     step: optimizer steps done. data_fingerprint: see `data_fingerprint`. started_at: Unix time of the first start.
-    unit_sizes: pictures that all processes worked on at once, of each data set.
+    unit_sizes: pictures that all processes worked on at once, of each data set. optimizer: the one that was used.
     """
 
     step: int
     data_fingerprint: str
     started_at: float
     unit_sizes: tuple[int, ...]
+    optimizer: str
 
 
 @dataclass(frozen=True)

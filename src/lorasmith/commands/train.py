@@ -15,7 +15,7 @@ from lorasmith.caching import Encoded, cached_encoder, open_store
 from lorasmith.config import TrainConfig
 from lorasmith.errors import UserError
 from lorasmith.memory import set_attention, set_gradient_checkpointing, vae_home
-from lorasmith.optimizers.base import builder
+from lorasmith.optimizers.base import restore
 from lorasmith.processes import Processes, make_deterministic
 from lorasmith.training import Stepper
 from lorasmith.training_run.encoding import kept_captions, makers_of, trains_text_encoder
@@ -88,14 +88,12 @@ def _session(cfg: TrainConfig, ready: Preparation, processes: Processes) -> Sess
     network.attach()
     set_attention(model, cfg.training.attention)
     set_gradient_checkpointing(model, cfg.training.gradient_checkpointing)
-    optimizer = builder(cfg.optimizer.optimizer)(
-        network.param_groups(
-            learning_rate=cfg.optimizer.learning_rate,
-            unet_lr=cfg.optimizer.unet_lr,
-            text_encoder_lr=cfg.optimizer.text_encoder_lr,
-        ),
-        weight_decay=cfg.optimizer.weight_decay,
-    )
+    groups = network.param_groups(ready.rates.parts, cfg.optimizer.weight_decay_exclude)
+    trained = [parameter for group in groups for parameter in group["params"]]
+    network.requires_grad_(False)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    optimizer = ready.rates.optimizer.build(groups, weight_decay=cfg.optimizer.weight_decay)
     stores: dict[Encoded, Store] = {
         kind: open_store(kind, ready.cache, model, maker, ready.say)
         for kind, maker in makers_of(cfg, ready, device).items()
@@ -103,7 +101,7 @@ def _session(cfg: TrainConfig, ready: Preparation, processes: Processes) -> Sess
     }
     stepper = Stepper(
         model,
-        list(network.parameters()),
+        trained,
         optimizer,
         processes,
         cached_encoder(model, stores["text"], kept_captions(ready)) if "text" in stores else model.encode_text,
@@ -116,7 +114,7 @@ def _session(cfg: TrainConfig, ready: Preparation, processes: Processes) -> Sess
     average = None if decay is None else WeightAverage(network.named_parameters(), decay)
     if state is not None:
         network.load_state_dict(state.network)
-        optimizer.load_state_dict(state.optimizer)
+        restore(optimizer, state.optimizer)
         stepper.scaler.load_state_dict(state.scaler)
         if average is not None and state.average is not None:
             average.load_state_dict(state.average)

@@ -7,7 +7,6 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 
 import lorasmith
-from lorasmith import lr
 from lorasmith.cache_folder import in_words
 from lorasmith.caching import Encoded, caption_name, count_cached
 from lorasmith.config import TrainConfig
@@ -31,6 +30,7 @@ from lorasmith.training_run.loading import DTYPES
 from lorasmith.training_run.objective import objective_line
 from lorasmith.training_run.own_words import own_word_lines
 from lorasmith.training_run.preparation import Preparation, network_rules, one_or_each, output_folder
+from lorasmith.training_run.rates import rate_lines
 from lorasmith.training_run.samples import sample_lines
 
 _ENCODED_TITLES: dict[Encoded, str] = {"latents": "latents", "text": "text embeddings"}
@@ -39,10 +39,9 @@ _PART_TITLES = {"text_encoder": "text encoder", "unet": "U-Net"}
 
 def describe_plan(cfg: TrainConfig, ready: Preparation, processes: Processes) -> str:
     """Return the plan as text."""
-    network, optimizer, facts, plan = cfg.network, cfg.optimizer, ready.facts, ready.plan
+    network, facts, plan = cfg.network, ready.facts, ready.plan
     parts = Counter(part_of(name) for name in ready.shapes)
     num_values = _num_adapter_values(cfg, ready)
-    rates = {"text_encoder": optimizer.text_encoder_lr, "unet": optimizer.unet_lr}
     training_records = [record for record in ready.records if not record.is_prior]
     paragraphs = {
         "model": [f"{cfg.model.base}: {facts.title}, {facts.prediction} prediction", *facts.notes],
@@ -71,15 +70,7 @@ def describe_plan(cfg: TrainConfig, ready: Preparation, processes: Processes) ->
             f"{one_or_each(plan.batch_sizes)} on each of {plan.num_processes} process"
             f"{'es' * (plan.num_processes > 1)} x {plan.gradient_accumulation} accumulated",
         ],
-        "rates": [
-            ", ".join(
-                f"{_PART_TITLES[part]} {rate or optimizer.learning_rate:g}"
-                for part, rate in rates.items()
-                if parts[part]
-            )
-            + f", {optimizer.optimizer}, {ready.schedule.name} after {ready.schedule.warmup_steps} steps of warm-up",
-            *(lr.chart(ready.schedule) if ready.schedule.name != "constant" or ready.schedule.warmup_steps else []),
-        ],
+        "rates": rate_lines(ready.rates, cfg.optimizer, ready.schedule),
         "loss": [line] if (line := objective_line(cfg)) else [],
         "memory": [
             f"{ready.precision} on {processes.device}; "

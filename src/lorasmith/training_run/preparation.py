@@ -28,12 +28,12 @@ from lorasmith.data.subsets import Augmentation, DatasetRules, Subset
 from lorasmith.errors import UserError
 from lorasmith.formats import embeddings
 from lorasmith.formats.dialects import read_any
-from lorasmith.network import Network, Rule, adapter_class, check_ranks, match
-from lorasmith.optimizers.base import builder
+from lorasmith.network import Network, Rule, adapter_class, check_ranks, match, part_of
 from lorasmith.output_folder import OutputFolder, check_free
 from lorasmith.processes import Processes
 from lorasmith.training_run.objective import check_prediction
 from lorasmith.training_run.own_words import OwnWords, own_words
+from lorasmith.training_run.rates import Rates, decide_rates
 from lorasmith.training_run.regularizing import check_adapters
 from lorasmith.training_run.resuming import run_folder
 from lorasmith.training_run.samples import Drawing, drawings
@@ -66,6 +66,7 @@ class Preparation:
     validation: Plan | None
     total_steps: int
     schedule: lr.Schedule
+    rates: Rates
     drawings: list[Drawing]
     words: OwnWords
     cached: list[bool]  # of each data set, whether its latents are
@@ -97,7 +98,6 @@ class NpzFiles:
 def prepare(cfg: TrainConfig, processes: Processes, state: State | None) -> Preparation:
     """Look at all that was given: the model's header, the output folder, every picture; decide, load nothing."""
     precision = choose_precision(cfg.training.precision, processes.device)
-    builder(cfg.optimizer.optimizer)  # told now if there is none
     with open_checkpoint(cfg.model.base) as checkpoint:
         facts = model_families.describe(checkpoint, v2=cfg.model.v2, prediction=cfg.model.prediction, vae=cfg.model.vae)
         shapes = model_families.target_shapes(checkpoint)
@@ -131,6 +131,7 @@ def prepare(cfg: TrainConfig, processes: Processes, state: State | None) -> Prep
     )
     total_steps = cfg.training.steps or (cfg.training.epochs or 0) * plan.steps_per_epoch or _DEFAULT_STEPS
     schedule = _schedule(cfg.optimizer, total_steps)
+    rates = decide_rates(cfg, {part_of(name) for name in shapes}, schedule, processes.device)
     cached = [_caches_latents(cfg, dataset) for dataset in datasets]
     npz = _npz_files(cfg, facts, gathered, cached, processes)
     words = own_words(*found, gathered.records, gathered.subsets)
@@ -138,11 +139,13 @@ def prepare(cfg: TrainConfig, processes: Processes, state: State | None) -> Prep
     if state is not None:
         _check_processes_of_shards(state, gathered, plan, npz, words)
         _check_resumable(state, fingerprint, plan, total_steps)
+        _check_optimizer(state, rates.optimizer.name)
     return Preparation(
         facts, precision, shapes, rank, alpha, datasets[0].resolution, datasets, gathered.records, gathered.crops,
         [subset.for_run_of(total_steps) for subset in gathered.subsets],
         [*notes, *gathered.notes, *_cut_notes(cfg, gathered, words), *plan.notes],
         plan, validation_plan(plan, gathered.records, seed=_validation_seed(cfg)), total_steps, schedule,
+        rates,
         drawings(cfg.samples, gathered.records, gathered.subsets, datasets[0].resolution),
         words, cached, npz, fingerprint, state, cache_place, say,
         thumbnail_url(cfg.save.thumbnail) if cfg.save.thumbnail else None,

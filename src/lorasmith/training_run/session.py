@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from lorasmith.loss_log import LossLog, read_log
 from lorasmith.memory import lent
 from lorasmith.models.base import LatentDiffusion
 from lorasmith.network import Network
+from lorasmith.optimizers.base import adaptation, weights_to_use
 from lorasmith.output_folder import RUN_FILE, move_aside
 from lorasmith.processes import Processes
 from lorasmith.progress import Progress
@@ -132,7 +133,7 @@ class Session:
 
     def _as_saved(self) -> AbstractContextManager[None]:
         """While entered, the network holds the weights that are saved, drawn with and validated."""
-        return nullcontext() if self.average is None else self.average.in_place()
+        return weights_to_use(self.optimizer) if self.average is None else self.average.in_place()
 
     def _is_validation_due(self) -> bool:
         if self.ready.validation is None:
@@ -189,7 +190,7 @@ class Session:
             return ""
         optimizer, output = self.cfg.optimizer, self.folder.path.resolve()
         rates = {
-            "--learning-rate": optimizer.learning_rate,
+            "--learning-rate": self.ready.rates.learning_rate,
             "--unet-lr": optimizer.unet_lr,
             "--text-encoder-lr": optimizer.text_encoder_lr,
         }
@@ -315,14 +316,15 @@ class Session:
 
     def _log(self, loss: float, rate: float, num_limited: int | None) -> None:
         assert self.losses is not None
-        rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
+        groups = self.optimizer.param_groups
+        rates = {f"lr/{group['name']}": group["lr"] for group in groups}
+        found = {f"d*lr/{group['name']}": d * group["lr"] for group in groups if (d := adaptation(group)) is not None}
+        adapted = {"d*lr": max(found.values())} if found else {}
         limited = {} if num_limited is None else {"num_limited": num_limited}
-        self.losses.append(self.done, loss, lr=max(rates.values()), **limited)
+        self.losses.append(self.done, loss, lr=max(rates.values()), **adapted, **limited)
         if self.board is not None:
             self.board.add_scalar("loss", loss, self.done)
-            for name, value in rates.items():
-                self.board.add_scalar(f"lr/{name}", value, self.done)
-            for name, value in limited.items():
+            for name, value in (rates | found | limited).items():
                 self.board.add_scalar(name, value, self.done)
 
     def _save_lora(self, path: Path) -> dict[str, float]:
@@ -336,7 +338,10 @@ class Session:
         return norms
 
     def _save_state(self) -> None:
-        facts = StateFacts(self.done, self.ready.fingerprint, self.started_at, self.ready.plan.unit_sizes)
+        ready = self.ready
+        facts = StateFacts(
+            self.done, ready.fingerprint, self.started_at, ready.plan.unit_sizes, ready.rates.optimizer.name
+        )
         save_state(
             self.folder.states,
             facts,

@@ -1,0 +1,31 @@
+"""AdamW with states of 8 bits, bitsandbytes' (Dettmers et al. 2021, https://arxiv.org/abs/2110.02861).
+
+Tensors below `min_8bit_size` values keep 32 bits.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+STAND_IN = "adamw"  # where bitsandbytes is not installed, or has nothing for the machine
+
+
+def build(
+    param_groups: Iterable[dict[str, Any]],
+    *,
+    weight_decay: float = 0.01,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    min_8bit_size: int = 4096,
+) -> torch.optim.Optimizer:
+    """Return it over groups of parameters that each carry their own `lr`."""
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(
+        list(param_groups),
+        weight_decay=weight_decay,
+        betas=betas,
+        eps=eps,
+        min_8bit_size=min_8bit_size,
+    )

@@ -1,0 +1,97 @@
+"""How fast a run learns: its optimizer, the learning rate of each part, and what both make of the schedule."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+
+from lorasmith.config import OptimizerSection, TrainConfig
+from lorasmith.errors import UserError
+from lorasmith.lr import Schedule, chart
+from lorasmith.network import PartRate
+from lorasmith.optimizers.base import Choice, choose
+
+_PART_TITLES = {"text_encoder": "text encoder", "unet": "U-Net"}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """The optimizer of a run, the rate that is given or usual for it, and what follows for each part."""
+
+    optimizer: Choice
+    learning_rate: float
+    parts: dict[str, PartRate]
+
+
+def decide_rates(cfg: TrainConfig, parts: Collection[str], schedule: Schedule, device: torch.device) -> Rates:
+    """Try out the optimizer and decide the rates of the parts that get adapters.
+
+    Raises:
+        UserError: there is no such optimizer, or it does not go with the arguments, rates or schedule.
+    """
+    options = cfg.optimizer
+    optimizer = choose(options.optimizer, options.optimizer_args, device=device)
+    learning_rate = optimizer.learning_rate if options.learning_rate is None else options.learning_rate
+    all_parts = {
+        "text_encoder": PartRate(
+            _first(options.text_encoder_lr, learning_rate),
+            _first(options.text_encoder_lora_plus_ratio, options.lora_plus_ratio, 1.0),
+        ),
+        "unet": PartRate(
+            _first(options.unet_lr, learning_rate), _first(options.unet_lora_plus_ratio, options.lora_plus_ratio, 1.0)
+        ),
+    }
+    rates = Rates(optimizer, learning_rate, {part: rate for part, rate in all_parts.items() if part in parts})
+    _check(rates, options, schedule, has_average=cfg.training.ema_decay is not None)
+    return rates
+
+
+def _check(rates: Rates, options: OptimizerSection, schedule: Schedule, *, has_average: bool) -> None:
+    name = rates.optimizer.name
+    learned = [rate for rate in rates.parts.values() if rate.rate]
+    if not learned:
+        raise UserError("every part that is to be trained has a learning rate of 0; give one of them another.")
+    has_several = len({rate.rate for rate in learned}) > 1 or any(rate.up_ratio != 1 for rate in learned)
+    if has_several and (rates.optimizer.finds_rate or rates.optimizer.owns_rate):
+        raise UserError(
+            f"--optimizer {name} makes one learning rate for all that is trained, so unet_lr, text_encoder_lr and "
+            "lora_plus_ratio cannot differ by part; leave them out (0 for a part that is to stay as it is works)."
+        )
+    is_even = schedule.name == "constant" and not (schedule.warmup_steps and rates.optimizer.owns_rate)
+    if rates.optimizer.owns_schedule and not is_even:
+        raise UserError(
+            f"--optimizer {name} {rates.optimizer.owns_schedule}, but lr_schedule = {schedule.name} with "
+            f"{schedule.warmup_steps} steps of warm-up is given; leave that out, or take another optimizer."
+        )
+    if rates.optimizer.averages and has_average:
+        raise UserError(
+            f"--optimizer {name} saves an average of the weights by itself, and ema_decay would average once more; "
+            "leave out one of them."
+        )
+
+
+def rate_lines(rates: Rates, options: OptimizerSection, schedule: Schedule) -> list[str]:
+    """Say for the plan how fast what is learned, and draw the schedule where it changes."""
+    optimizer = rates.optimizer
+    arguments = f" ({', '.join(options.optimizer_args)})" if options.optimizer_args else ""
+    parts = ", ".join(_part_line(_PART_TITLES[part], rate) for part, rate in rates.parts.items())
+    lines = [
+        f"{parts}, {optimizer.name}{arguments}, {schedule.name} after {schedule.warmup_steps} steps of warm-up",
+        *optimizer.notes,
+    ]
+    if optimizer.finds_rate:
+        lines.append(f"{optimizer.name} finds its own learning rate, and multiplies it by this one, usually 1")
+    if optimizer.owns_rate:
+        lines.append(f"{optimizer.name} makes its own learning rate (relative_step); this one has no part in it")
+    return lines + (chart(schedule) if schedule.name != "constant" or schedule.warmup_steps else [])
+
+
+def _part_line(title: str, rate: PartRate) -> str:
+    if not rate.rate:
+        return f"{title} 0 (it stays as it is)"
+    faster = "" if rate.up_ratio == 1 else f" ({rate.up_ratio:g} times that for the half that begins at zero)"
+    return f"{title} {rate.rate:g}{faster}"
+
+
+def _first(*values: float | None) -> float:
+    return next(value for value in values if value is not None)

@@ -1,0 +1,206 @@
+"""Optimizers of `lorasmith train` through the front door: each is resumed to the same bytes, and each option counts."""
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lorasmith import plugins
+from lorasmith.cli import main
+from lorasmith.lr import SCHEDULES
+from lorasmith.training_run import session
+from tests.commands.test_train_options import SGD, Place, distance, learned, norm, same
+
+QUICK = ["--train", "text_encoder"]
+HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
+CASES = {  # every optimizer and every schedule at least once
+    "adamw": ["--lr-schedule", "cosine", "--lora-plus-ratio", 4],
+    "sgd": ["--lr-schedule", "linear"],
+    "adafactor": ["--lr-schedule", "cosine_restarts"],
+    "lion": ["--lr-schedule", "polynomial"],
+    "came": ["--lr-schedule", "inverse_sqrt", "--lr-timescale", 2],
+    "dadapt_adam": ["--lr-schedule", "warmup_stable_decay", "--lr-decay-steps", 2],
+    "dadapt_adagrad": ["--lr-schedule", "piecewise", "--lr-table", "1:3,0.5"],
+    "dadapt_adan": ["--lr-schedule", "constant", "--lr-warmup-steps", 1],
+    "dadapt_lion": ["--lr-schedule", "cosine", "--lr-min-ratio", 0.5],
+    "dadapt_sgd": [],
+    "prodigy": ["--lr-schedule", "cosine"],
+    "schedule_free_adamw": ["--lr-warmup-steps", 1],
+    "schedule_free_radam": ["--optimizer-args", "silent_sgd_phase=False"],  # its first five steps would be none
+    "schedule_free_sgd": ["--learning-rate", 1],
+    "torch.optim.RMSprop": ["--optimizer-args", "momentum=0.9", "centered=True"],
+    **{name: ["--optimizer-args", "min_8bit_size=16"] for name in ("adamw8bit", "paged_adamw8bit", "lion8bit")},
+    **{name: ["--optimizer-args", "min_8bit_size=16"] for name in ("paged_lion8bit", "sgd_nesterov8bit")},
+    "paged_adamw32bit": [],
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("SOURCE_DATE_EPOCH", "1700000000")
+        patched.setattr(session, "write_report", lambda folder, contents: folder)  # half of a run's time
+        yield Place(tmp_path_factory.mktemp("place"))
+
+
+def test_no_optimizer_and_no_schedule_is_left_out() -> None:
+    given = {options[options.index("--lr-schedule") + 1] for options in CASES.values() if "--lr-schedule" in options}
+    assert given == set(SCHEDULES) and set(plugins.names("optimizers")) == {name for name in CASES if "." not in name}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_that_was_stopped_gives_the_same_bytes(place: Place, name: str) -> None:
+    if name.endswith("bit") and not HAS_BITSANDBYTES:
+        pytest.skip("the extra bitsandbytes is not installed")
+    rate = ["--learning-rate", 1] if name.startswith(("dadapt", "prodigy")) else []
+    steps = ["--steps", 4, "--state-every-steps", 2, "--keep-states", 9]
+    whole = place.train(*QUICK, *steps, "--optimizer", name, *rate, *CASES[name])
+    assert norm(learned(whole.tensors)) > 0 and whole.metadata["ss_optimizer"].startswith(f"{name}(")
+    cut = place.path / f"cut-{name}"
+    shutil.copytree(whole.folder, cut)
+    (cut / "last.safetensors").unlink()
+    assert main(["train", "--resume", str(cut / "states" / "step-00000002")]) == 0
+    assert (cut / "last.safetensors").read_bytes() == (whole.folder / "last.safetensors").read_bytes()
+
+
+def test_adafactor_makes_its_own_rate_where_asked(place: Place) -> None:
+    relative = ["--optimizer", "adafactor", "--optimizer-args", "relative_step=True"]
+    result = place.train(*QUICK, *relative)
+    assert "adafactor makes its own learning rate (relative_step); this one has no part in it" in result.plan
+    assert same(result, place.train(*QUICK, *relative, "--learning-rate", 0.5))
+    assert not same(result, place.train(*QUICK, "--optimizer", "adafactor"))
+
+
+def test_a_found_rate_begins_at_1_and_is_logged(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", "--base", place.base, "--images", place.pictures.parent, "--resolution", 64, "--rank", 2]
+    words += ["--no-before-after", "--no-progress", "--steps", 3, *QUICK, "--optimizer", "Prodigy"]
+    assert main([str(word) for word in [*words, "--output", place.path / "prodigy"]]) == 0
+    lines = [json.loads(line) for line in (place.path / "prodigy" / "logs" / "loss.jsonl").read_text().splitlines()]
+    assert [line["lr"] for line in lines] == [1, 1, 1]
+    found = [line["d*lr"] for line in lines]
+    assert found == sorted(found) and 0 < found[0] < 1e-3
+    state = torch.load(place.path / "prodigy" / "states" / "step-00000003" / "optimizer.pt", weights_only=True)
+    assert state["optimizer"]["param_groups"][0]["d"] == found[-1]
+    assert "text encoder 1, prodigy, constant" in " ".join(capsys.readouterr().out.split())
+
+
+def test_schedule_free_saves_the_average_and_goes_on_as_if_nothing_was_saved(place: Place) -> None:
+    options = [*QUICK, "--steps", 4, "--optimizer", "schedule_free_adamw", "--state-every-steps", 4]
+    plain = place.train(*options)
+    saving = place.train(*options, "--save-every-steps", 1, "--validation-split", 0.4, "--validate-every-steps", 1)
+    other = place.train(*options, "--validation-split", 0.4)
+    assert same(saving, other)
+    trained = load_file(plain.folder / "states" / "step-00000004" / "network.safetensors")
+    saved = learned(plain.tensors)
+    assert all(not torch.equal(tensor, trained[name]) for name, tensor in saved.items())
+    assert norm(saved) < norm(learned(trained))  # what began at zero is on its way
+
+
+def test_an_optimizers_arguments_count(place: Place) -> None:
+    slow = place.train(*QUICK, "--optimizer-args", "betas=0.5,0.6")
+    assert not same(slow, place.train(*QUICK)) and slow.metadata["ss_optimizer"] == "adamw(betas=0.5,0.6)"
+    assert same(place.train(*QUICK, "--optimizer-args", "betas=(0.9, 0.999)", "eps=1e-8"), place.train(*QUICK))
+    assert "adamw (betas=0.5,0.6), constant" in slow.plan
+
+
+@pytest.mark.parametrize(
+    ("options", "times"),
+    [
+        (["--lora-plus-ratio", 3], {"te": 3, "unet": 3}),
+        (["--unet-lora-plus-ratio", 3], {"te": 1, "unet": 3}),
+        (["--text-encoder-lora-plus-ratio", 3], {"te": 3, "unet": 1}),
+        (["--lora-plus-ratio", 3, "--unet-lora-plus-ratio", 2], {"te": 3, "unet": 2}),
+        (["--text-encoder-lr", 0], {"te": 0, "unet": 1}),
+        (["--unet-lr", 0], {"te": 1, "unet": 0}),
+    ],
+)
+def test_each_part_learns_as_fast_as_is_said(place: Place, options: list[object], times: dict[str, int]) -> None:
+    """One step of plain descent is the rate times the gradient; the halves that begin at zero are the first to move."""
+    plain = place.train(*SGD, "--steps", 1, "--max-grad-norm", 0)
+    result = place.train(*SGD, "--steps", 1, "--max-grad-norm", 0, *options)
+    for name, tensor in learned(result.tensors).items():
+        torch.testing.assert_close(tensor, plain.tensors[name] * times[name.split("_")[1]])
+    assert ("0 (it stays as it is)" in result.plan) == (0 in times.values())
+    assert ("3 times that for the half that begins at zero" in result.plan) == (3 in times.values())
+
+
+def test_a_part_that_stays_as_it_is_keeps_what_it_started_from(place: Place) -> None:
+    first = place.train("--steps", 1)
+    options = ["--steps", 1, "--weights", first.folder / "last.safetensors", "--text-encoder-lr", 0]
+    more = place.train(*options).tensors
+    kept = {name for name, tensor in learned(first.tensors).items() if torch.equal(tensor, more[name])}
+    assert {name for name in more if name.startswith("lora_te") and name.endswith("lora_up.weight")} <= kept
+    assert len(kept) < 100 < len(learned(more))
+
+
+def test_excluded_tensors_are_not_decayed(place: Place) -> None:
+    strong = [*SGD[:2], "--learning-rate", 0.01, "--weight-decay", 10, *QUICK, "--steps", 1]
+    everything, nothing = place.train(*strong), place.train(*SGD, *QUICK, "--steps", 1)
+    downs = place.train(*strong, "--weight-decay-exclude", "*.lora_down.weight")
+    for name, tensor in downs.tensors.items():
+        if name.endswith("lora_down.weight"):
+            assert torch.equal(tensor, nothing.tensors[name]) and not torch.equal(tensor, everything.tensors[name])
+    assert same(place.train(*strong, "--weight-decay-exclude", "*"), nothing)
+
+
+def test_where_bitsandbytes_is_missing_one_line_says_so(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
+    monkeypatch.setitem(__import__("sys").modules, "bitsandbytes.optim", None)
+    result = place.train(*QUICK, "--optimizer", "adamw8bit")
+    assert result.plan.count("adamw8bit cannot be used here") == 1 and "so adamw is, which does the same" in result.plan
+    assert same(result, place.train(*QUICK)) and result.metadata["ss_optimizer"] == "adamw()"
+
+
+def test_a_run_does_not_go_on_with_another_optimizer(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = place.train(*QUICK, "--steps", 4, "--state-every-steps", 2, "--keep-states", 9)
+    cut = place.path / "elsewhere"
+    shutil.copytree(whole.folder, cut)
+    facts = cut / "states" / "step-00000002" / "state.json"
+    facts.write_text(facts.read_text().replace('"adamw"', '"adamw8bit"'))
+    assert main(["train", "--resume", str(facts.parent)]) == 2
+    assert "the run was trained with adamw8bit, but here that would be adamw" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--optimizer", "lino"], "there is no optimizer named 'lino'; did you mean lion?"),
+        (["--optimizer-args", "beta=1"], "adamw has no argument of that name; did you mean betas?"),
+        (["--optimizer-args", "betas"], "expected key=value, such as betas=0.9,0.99"),
+        (["--optimizer", "prodigy", "--unet-lr", "0.5"], "prodigy makes one learning rate for all that is trained"),
+        (["--optimizer", "prodigy", "--lora-plus-ratio", "4"], "prodigy makes one learning rate for all that is"),
+        (["--optimizer", "schedule_free_sgd", "--lr-schedule", "cosine"], "needs no schedule, but lr_schedule = cosin"),
+        (["--optimizer", "schedule_free_sgd", "--ema-decay", "0.9"], "saves an average of the weights by itself"),
+        (
+            ["--optimizer", "adafactor", "--optimizer-args", "relative_step=True", "--lr-warmup-steps", "3"],
+            "makes its own learning rate (relative_step), but lr_schedule = constant with 3 steps of warm-up",
+        ),
+        (["--unet-lr", "0", "--text-encoder-lr", "0"], "every part that is to be trained has a learning rate of 0"),
+        (["--train", "unet", "--text-encoder-lora-plus-ratio", "2"], "but train = unet leaves the text encoder alone"),
+        (["--train", "text_encoder", "--unet-lora-plus-ratio", "2"], "but train = text_encoder leaves the U-Net alone"),
+        (["--unet-lr", "-1"], "--unet-lr -1: expected a number at least 0"),
+    ],
+)
+def test_mistakes(place: Place, capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
+    words = ["train", "--base", str(place.base), "--images", str(place.pictures.parent), "--output", "nowhere"]
+    assert main([*words, "--dry-run", "--steps", "20", *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error and not Path("nowhere").exists()
+
+
+def test_lora_plus_needs_an_up_half(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", "--base", str(place.base), "--images", str(place.pictures.parent), "--resolution", "64"]
+    words += ["--output", str(place.path / "full"), "--adapter", "full", "--lora-plus-ratio", "4", "--steps", "1"]
+    assert main([*words, "--no-progress", *QUICK]) == 2
+    assert "lora_plus_ratio is for adapters with a lora_up.weight, and there is none" in capsys.readouterr().err
+
+
+def test_optimizers_are_not_alike(place: Place) -> None:
+    adamw = place.train(*QUICK)
+    for name in ("lion", "adafactor", "came", "sgd"):
+        assert distance(place.train(*QUICK, "--optimizer", name), adamw) > 1e-3
