@@ -130,6 +130,12 @@ def _check_table(text: str) -> str:
     return text
 
 
+def _check_trackers(names: list[str]) -> list[str]:
+    if unknown := [name for name in names if name not in ("wandb", "trackio")]:
+        raise ValueError(f"{unknown[0]!r} is no tracker that is known; give wandb, trackio or both")
+    return list(dict.fromkeys(names))
+
+
 # A shell expands ~ at the start of a word only: not in --base=~/model, nor in a TOML file.
 Place = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
 PlaceOrHubId = Annotated[str, AfterValidator(os.path.expanduser)]
@@ -137,6 +143,7 @@ CacheDir = Annotated[Path, AfterValidator(lambda path: Path(os.path.abspath(os.p
 FileName = Annotated[str, AfterValidator(_check_name)]
 Color = Annotated[str, AfterValidator(_check_color), Field(json_schema_extra={"format": "color"})]
 TokenLength = Annotated[int, AfterValidator(_check_token_length)]
+Trackers = Annotated[list[str], AfterValidator(_check_trackers)]
 Separator = Annotated[str, AfterValidator(_check_separator)]
 Numbers = Annotated[list[float], Field(json_schema_extra={"format": "numbers"})]
 Rate = Annotated[float, Field(gt=0)]
@@ -661,6 +668,13 @@ class LogSection(Section):
     """What is shown and logged."""
 
     tensorboard: bool = Field(default=True, description="Write TensorBoard logs into the output folder.")
+    trackers: Trackers = Field(
+        default_factory=list, description="Log to these too, wandb or trackio; file names go there, places do not."
+    )
+    project: str = Field(default="lorasmith", description="Project that trackers put the run into.")
+    run_name: str | None = Field(
+        default=None, description="Name of the run there; left out, that of the LoRA or of the output folder."
+    )
     progress: bool = Field(default=True, description="Show a progress bar; without a terminal, a line now and then.")
 
 
@@ -792,6 +806,10 @@ def contradictions(cfg: TrainConfig) -> list[str]:
         f"{' and '.join(of_held_out)} {'is' if len(of_held_out) == 1 else 'are'} for held-out pictures, but "
         "validation_split, their share, is missing; give it, or leave the other out": (
             of_held_out and not cfg.validation.validation_split and not data.dataset_config and not cfg.resume
+        ),
+        "project and run_name are for trackers, but trackers, which of them, is missing; give it, or leave the other "
+        "out": (
+            (cfg.log.run_name or _is_changed(cfg.log, "project")) and not cfg.log.trackers and not cfg.resume
         ),
         "resume goes on with a run, but overwrite starts afresh; leave out one of them": (
             cfg.resume and cfg.save.overwrite

@@ -31,6 +31,7 @@ from lorasmith.formats.dialects import read_any
 from lorasmith.network import Network, Rule, adapter_class, check_ranks, match, part_of
 from lorasmith.output_folder import OutputFolder, check_free
 from lorasmith.processes import Processes
+from lorasmith.trackers import require_trackers
 from lorasmith.training_run.objective import check_prediction
 from lorasmith.training_run.own_words import OwnWords, own_words
 from lorasmith.training_run.rates import Rates, decide_rates
@@ -97,6 +98,7 @@ class NpzFiles:
 
 def prepare(cfg: TrainConfig, processes: Processes, state: State | None) -> Preparation:
     """Look at all that was given: the model's header, the output folder, every picture; decide, load nothing."""
+    require_trackers(cfg.log.trackers)
     precision = choose_precision(cfg.training.precision, processes.device)
     with open_checkpoint(cfg.model.base) as checkpoint:
         facts = model_families.describe(checkpoint, v2=cfg.model.v2, prediction=cfg.model.prediction, vae=cfg.model.vae)

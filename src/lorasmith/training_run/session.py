@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -33,10 +32,12 @@ from lorasmith.progress import Progress
 from lorasmith.report import ReportContents, write_report
 from lorasmith.samples_folder import SamplesFolder
 from lorasmith.sampling import generate
+from lorasmith.trackers import Trackers
 from lorasmith.training import LossNotFiniteError, Stepper
 from lorasmith.training_run.about import file_advice, file_metadata, now
 from lorasmith.training_run.preparation import Preparation, output_folder
 from lorasmith.training_run.resuming import OF_ONE_START, with_whole_paths
+from lorasmith.training_run.sharing import run_id, shared_options
 from lorasmith.training_state import (
     NETWORK_FILE,
     StateFacts,
@@ -75,7 +76,7 @@ class Session:
         self.validation_losses: LossLog | None = None
         self.has_stalled = False  # whether the held-out pictures' loss went down too long ago
         self.samples: SamplesFolder | None = None
-        self.board: Any = None
+        self.trackers: Trackers | None = None
 
     def run(self, dataset: Dataset) -> int:
         """Train; return the exit code."""
@@ -169,8 +170,7 @@ class Session:
         if self.done not in dict(log.losses):
             names = short_names([self.ready.records[index].path for index in losses])
             log.append(self.done, measured.loss, pictures=dict(zip(names, losses.values(), strict=True)))
-            if self.board is not None:
-                self.board.add_scalar("loss/validation", measured.loss, self.done)
+            self._track({"loss/validation": measured.loss})
         if options.keep_best is not None:
             best = best_steps(log.losses, options.keep_best)
             if self.done in best:
@@ -308,11 +308,18 @@ class Session:
         self.samples = SamplesFolder(
             self.folder.samples, [asdict(drawing) for drawing in self.ready.drawings], done=self.done
         )
-        if self.cfg.log.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # takes a second, and not everyone wants it
-
-            self.board = SummaryWriter(str(self.folder.tensorboard), purge_step=self.done + 1)
-            stack.callback(self.board.close)
+        log = self.cfg.log
+        self.trackers = Trackers(
+            log.trackers,
+            board=self.folder.tensorboard if log.tensorboard else None,
+            folder=self.folder.loss_log.parent,
+            done=self.done,
+            project=log.project,
+            run_name=log.run_name or self.cfg.save.name or self.folder.path.resolve().name,
+            run_id=run_id(self.cfg, self.ready, self.started_at),
+            options=shared_options(self.cfg),
+        )
+        stack.callback(self.trackers.close)
 
     def _log(self, loss: float, rate: float, num_limited: int | None) -> None:
         assert self.losses is not None
@@ -322,10 +329,11 @@ class Session:
         adapted = {"d*lr": max(found.values())} if found else {}
         limited = {} if num_limited is None else {"num_limited": num_limited}
         self.losses.append(self.done, loss, lr=max(rates.values()), **adapted, **limited)
-        if self.board is not None:
-            self.board.add_scalar("loss", loss, self.done)
-            for name, value in (rates | found | limited).items():
-                self.board.add_scalar(name, value, self.done)
+        self._track({"loss": loss, **rates, **found, **limited})
+
+    def _track(self, values: Mapping[str, float]) -> None:
+        assert self.trackers is not None
+        self.trackers.log(values, self.done)
 
     def _save_lora(self, path: Path) -> dict[str, float]:
         """Write the LoRA, read it back and compare; return the norm of each module's update."""
@@ -371,6 +379,8 @@ class Session:
                 )
             ]  # fmt: skip
         self.samples.add(self.done, pictures)
+        assert self.trackers is not None
+        self.trackers.show(pictures, self.done)
 
     def _report(self, path: Path, norms: Mapping[str, float]) -> ReportContents:
         assert self.losses is not None
