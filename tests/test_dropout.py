@@ -14,7 +14,7 @@ from lorasmith.seeds import derive
 NAMES = [f"lora_unet_{i}" for i in range(40)]
 
 
-def dropout(samples: tuple[int, ...] = (0, 1, 2), *, step: int = 3, seed: int = 5, **rates: float) -> Dropout:
+def dropout(samples: tuple[int, ...] = (0, 1, 2), *, step: int = 3, seed: int = 5, **rates: Any) -> Dropout:
     return Dropout(DropoutRates(**rates), seed, step, samples)
 
 
@@ -62,7 +62,7 @@ def test_what_a_convolution_leaves_out() -> None:
 
 def test_a_sample_loses_the_same_in_every_company_and_the_mean_stays() -> None:
     hidden = torch.randn(3, 7, 4, generator=torch.Generator().manual_seed(0))
-    rates = {"neuron": 0.3, "rank": 0.2}
+    rates: dict[str, Any] = {"neuron": 0.3, "rank": 0.2}
     together = dropout(**rates).inner("a", hidden, -1)
     for i in range(3):
         assert torch.equal(dropout((i,), **rates).inner("a", hidden[i : i + 1], -1)[0], together[i])
@@ -90,7 +90,7 @@ def make_network(adapter: str = "lora") -> tuple[nn.Sequential, Network]:
 X = torch.randn(3, 4, 6, 5, generator=torch.Generator().manual_seed(3))
 
 
-def gradients(layers: nn.Module, network: Network, rates: dict[str, float], *, is_checkpointed: bool) -> list[Any]:
+def gradients(layers: nn.Module, network: Network, rates: dict[str, Any], *, is_checkpointed: bool) -> list[Any]:
     network.zero_grad()
     with network.dropping(dropout(**rates)):
         output = checkpoint(layers, X, use_reentrant=False) if is_checkpointed else layers(X)
@@ -99,7 +99,7 @@ def gradients(layers: nn.Module, network: Network, rates: dict[str, float], *, i
 
 
 @pytest.mark.parametrize("rates", [{"neuron": 0.3}, {"rank": 0.4}, {"module": 0.9}], ids=str)
-def test_computing_again_drops_the_same(rates: dict[str, float]) -> None:
+def test_computing_again_drops_the_same(rates: dict[str, Any]) -> None:
     layers, network = make_network()
     plain = gradients(layers, network, rates, is_checkpointed=False)
     again = gradients(layers, network, rates, is_checkpointed=True)

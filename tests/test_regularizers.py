@@ -57,6 +57,16 @@ def test_a_loras_decay_is_the_formula_of_the_docs_with_each_factors_rate() -> No
     torch.testing.assert_close(one.lora_up.weight.detach(), b - 0.03 * 0.5 * s**2 * b @ a @ a.T)
 
 
+def test_where_the_optimizer_finds_the_rate_it_is_that_rates_decay() -> None:
+    """Prodigy's rate is d times the given one, which is 1 as a rule."""
+    changes = []
+    for group in ({"lr": 0.01}, {"lr": 1.0, "d": 0.01}):
+        network, _ = make_network("lora", "linear")
+        regularizers(network, decay=0.5).after_step_([{"params": list(network.parameters()), **group}])
+        changes.append(torch.cat([parameter.detach().flatten() for parameter in network.parameters()]))
+    torch.testing.assert_close(changes[0], changes[1])
+
+
 def test_as_long_as_an_adapter_adds_nothing_its_decay_changes_nothing() -> None:
     layer = LAYERS["linear"]().requires_grad_(False)
     network = Network.create({"lora_unet_a": layer}, [Rule(rank=2)], seed=1)

@@ -108,7 +108,9 @@ class Objective:
         self, schedule: Discrete, prediction: Tensor, target: Tensor, t: Tensor, mask: Tensor | None = None
     ) -> Tensor:
         """Return the loss of each sample, (B,), in fp32; arguments as in `per_sample`, with timesteps (B,)."""
-        threshold = _THRESHOLDS[self.huber_schedule](schedule, t, self.huber_c, self.huber_scale)
+        threshold = None
+        if self.kind in ("huber", "smooth_l1"):
+            threshold = _THRESHOLDS[self.huber_schedule](schedule, t, self.huber_c, self.huber_scale)
         losses = per_sample(prediction, target, mask, self.kind, threshold)
         for name, number in self.weightings.items():
             losses = losses * WEIGHTINGS[name](schedule.snr(t), schedule.prediction, number)

@@ -11,6 +11,7 @@ import torch
 
 from lorasmith.dropout import Dropout, DropoutRates
 from lorasmith.network import Network
+from lorasmith.optimizers.base import adaptation
 
 
 class Regularizers:
@@ -41,7 +42,7 @@ class Regularizers:
         return None if self._max_norm is None else self._network.clip_norms_(self._max_norm)
 
     def _decay_(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        rates = {p: group["lr"] for group in groups for p in group["params"]}
+        rates = {p: group["lr"] * (adaptation(group) or 1.0) for group in groups for p in group["params"]}
         for parameters, gradients in self._network.decay_gradients():
             with torch.no_grad():
                 for parameter, gradient in zip(parameters, gradients, strict=True):
