@@ -20,7 +20,7 @@ def build(
     min_8bit_size: int = 4096,
 ) -> torch.optim.Optimizer:
     """Return it over groups of parameters that each carry their own `lr`."""
-    from bitsandbytes.optim import AdamW8bit
+    from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]  # an extra
 
     return AdamW8bit(
         list(param_groups),

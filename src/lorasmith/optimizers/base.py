@@ -44,7 +44,8 @@ class Choice:
     """An optimizer that was tried out.
 
     name: of what is really used. learning_rate: where none is given. finds_rate: it estimates the rate itself, one for
-    all parameters, and the learning rate multiplies it. owns_schedule: "" or why the rate must not change over the run.
+    all parameters, and the learning rate multiplies it. owns_rate: the learning rate has no part in it. owns_schedule:
+    "" or why the rate must not change over the run. averages: it saves an average of the weights that it trains on.
     notes: what a person should know.
     """
 
@@ -199,7 +200,7 @@ def _named_parameters(build: Build) -> list[str]:
     for level in build.__mro__ if isinstance(build, type) else [build]:
         parameters = inspect.signature(level.__init__ if isinstance(level, type) else level).parameters
         own = list(parameters)[2 if isinstance(level, type) else 1 :]
-        names += [key for key in own if parameters[key].kind not in (inspect.Parameter.VAR_KEYWORD,)]
+        names += [key for key in own if parameters[key].kind != inspect.Parameter.VAR_KEYWORD]
         if all(parameter.kind != inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
             break
     return names
@@ -270,7 +271,8 @@ def weights_to_use(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     finally:
         optimizer.train()
         with torch.no_grad():
-            torch._foreach_copy_(parameters, kept)
+            for parameter, value in zip(parameters, kept, strict=True):
+                parameter.copy_(value)
 
 
 def _is_optimizer(value: object) -> bool:

@@ -19,7 +19,7 @@ def build(
     eps: float = 1e-8,
 ) -> torch.optim.Optimizer:
     """Return it over groups of parameters that each carry their own `lr`."""
-    from bitsandbytes.optim import PagedAdamW32bit
+    from bitsandbytes.optim import PagedAdamW32bit  # pyright: ignore[reportMissingImports]  # an extra
 
     return PagedAdamW32bit(
         list(param_groups),
