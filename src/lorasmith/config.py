@@ -154,6 +154,20 @@ StepsOrShare = Annotated[float, Field(ge=0), AfterValidator(_check_steps_or_shar
 LearningRateTable = Annotated[str, AfterValidator(_check_table)]
 
 
+def _check_blocks(numbers: list[Any]) -> list[Any]:
+    if len(numbers) not in (0, 25):
+        raise ValueError(
+            f"{len(numbers)} numbers; give 25, one for each of 12 input blocks, the middle one, and 12 output blocks"
+        )
+    return numbers
+
+
+_NUMBERS = Field(json_schema_extra={"format": "numbers"})
+BlockRanks = Annotated[list[Annotated[int, Field(ge=0)]], AfterValidator(_check_blocks), _NUMBERS]
+BlockRates = Annotated[list[Rate], AfterValidator(_check_blocks), _NUMBERS]
+BlockFactors = Annotated[list[NotNegative], AfterValidator(_check_blocks), _NUMBERS]
+
+
 class ModelSection(Section):
     """The base model that the LoRA is trained for."""
 
@@ -197,6 +211,19 @@ class NetworkSection(Section):
     train: Literal["both", "unet", "text_encoder"] = Field(
         default="both", description="Which parts get a LoRA: U-Net and text encoder, or one of them."
     )
+    conv_rank: PositiveInt | None = Field(
+        default=None,
+        description="Put adapters on the U-Net's resnets and samplers too (LoCon): the rank of their 3x3 convolutions; "
+        "their other layers get `rank`.",
+    )
+    conv_alpha: Rate | None = Field(default=None, description="The alpha of these; left out, alpha = conv_rank.")
+    block_ranks: BlockRanks = Field(
+        default=[],
+        description="Ranks of the U-Net's 25 blocks (12 input, middle, 12 output) instead of `rank`; 0: no adapters.",
+    )
+    block_alphas: BlockRates = Field(default=[], description="Alphas of these blocks instead of `alpha`.")
+    conv_block_ranks: BlockRanks = Field(default=[], description="The same for 3x3 convolutions, as `conv_rank`.")
+    conv_block_alphas: BlockRates = Field(default=[], description="The same for 3x3 convolutions, as `conv_alpha`.")
     neuron_dropout: ShareLeftOut = Field(
         default=0.0, description="Share of the numbers between a LoRA's two factors that each step leaves out."
     )
@@ -428,6 +455,11 @@ class OptimizerSection(Section):
     )
     unet_lora_plus_ratio: Rate | None = Field(default=None, description="The same for the U-Net alone.")
     text_encoder_lora_plus_ratio: Rate | None = Field(default=None, description="The same for the text encoder alone.")
+    block_lr: BlockFactors = Field(
+        default=[],
+        description="Factors of the learning rate of the U-Net's 25 blocks (12 input, middle, 12 output); 0: the block "
+        "gets no adapters.",
+    )
     weight_decay: NotNegative = Field(default=0.01, description="Weight decay.")
     weight_decay_exclude: list[str] = Field(
         default=["*.dora_scale"],
@@ -716,6 +748,7 @@ def changing_augmentations(data: DataSection) -> list[str]:
 def contradictions(cfg: TrainConfig) -> list[str]:
     """Return one sentence for each pair of options that cannot both be meant."""
     data, training, network, optimizer = cfg.data, cfg.training, cfg.network, cfg.optimizer
+    blocks = network.block_ranks, network.block_alphas, network.conv_block_ranks, network.conv_block_alphas
     augmentations = changing_augmentations(data)
     in_file = [name for name in ("images", "regularization", "captions", "caption") if getattr(data, name) is not None]
     of_held_out = list(cfg.validation.model_dump(exclude_defaults=True, exclude={"validation_split"}))
@@ -745,6 +778,15 @@ def contradictions(cfg: TrainConfig) -> list[str]:
         "text_encoder_lr is given, but train = unet leaves the text encoder alone; leave out one of them": (
             optimizer.text_encoder_lr and network.train == "unet"
         ),
+        "ranks, alphas and rates of the U-Net's blocks and convolutions are given, but train = text_encoder leaves the "
+        "U-Net alone; leave out one or the other": network.train == "text_encoder"
+        and any((*blocks, optimizer.block_lr, network.conv_rank)),
+        "conv_alpha is for convolutions, but conv_rank and conv_block_ranks are left out; give one of these, or leave "
+        "it out": network.conv_alpha and not (network.conv_rank or network.conv_block_ranks),
+        "conv_block_alphas are for convolutions, but conv_rank and conv_block_ranks are left out; give one of them, or "
+        "leave it out": network.conv_block_alphas and not (network.conv_rank or network.conv_block_ranks),
+        "starting weights bring their ranks and alphas, so those of blocks and convolutions cannot be given too; leave "
+        "out one or the other": network.weights and any((*blocks, network.conv_rank, network.conv_alpha)),
         "unet_lr is given, but train = text_encoder leaves the U-Net alone; leave out one of them": (
             optimizer.unet_lr and network.train == "text_encoder"
         ),

@@ -87,14 +87,20 @@ class Network(nn.Module):
         return cls(adapters, targets, lr_scales)
 
     @classmethod
-    def load(cls, targets: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> "Network":
+    def load(
+        cls,
+        targets: Mapping[str, nn.Module],
+        tensors: Mapping[str, Tensor],
+        *,
+        lr_scales: Mapping[str, float] | None = None,
+    ) -> "Network":
         """Make the adapters that a file holds, for exactly these layers; ranks, alphas and types are the file's.
 
         Raises:
             UserError: one report of everything that is missing, unexpected or of another shape.
         """
         adapters = _adapters_of_file(_shapes(targets), tensors)
-        return cls(adapters, targets, dict.fromkeys(adapters, 1.0))
+        return cls(adapters, targets, lr_scales or dict.fromkeys(adapters, 1.0))
 
     @staticmethod
     def check(shapes: Mapping[str, Sequence[int]], tensors: Mapping[str, Tensor]) -> dict[str, Adapter]:

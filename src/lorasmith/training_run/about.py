@@ -12,7 +12,7 @@ import lorasmith
 from lorasmith import metadata, model_families
 from lorasmith.adapters.lora import LoRA
 from lorasmith.command_line import quoted
-from lorasmith.config import TrainConfig
+from lorasmith.config import NetworkSection, TrainConfig
 from lorasmith.data import captions, dataset_metadata
 from lorasmith.data.plan import Plan
 from lorasmith.data.records import ImageRecord
@@ -141,16 +141,30 @@ def _network_module(cfg: TrainConfig) -> dict[str, Any]:
     """Return what trains such a network elsewhere: sd-scripts, LyCORIS with these arguments, or nothing known."""
     network = cfg.network
     kind = adapter_class(network.adapter)
+    layers = _layer_args(network)
     if kind is LoRA and not network.adapter_options:
-        return {}
+        return {"network_args": layers} if layers else {}
     if not kind.lycoris_args:
         return {"network_module": network.adapter}
     options = kind.parse_options(network.adapter_options)
     args = dict(word.split("=") for word in kind.lycoris_args.split())
-    args |= {option: str(value) for option, value in options.items()}
+    args |= {option: str(value) for option, value in options.items()} | layers
     if kind.alpha_means == "constraint" and network.alpha:
         args["constraint"] = str(network.alpha)
     return {"network_module": "lycoris.kohya", "network_args": args}
+
+
+def _layer_args(network: NetworkSection) -> dict[str, str]:
+    """Return the ranks and alphas of convolutions and blocks as sd-scripts has them, in --network_args."""
+    numbers = {
+        "conv_dim": network.conv_rank and [network.conv_rank],
+        "conv_alpha": network.conv_alpha and [network.conv_alpha],
+        "block_dims": network.block_ranks,
+        "block_alphas": network.block_alphas,
+        "conv_block_dims": network.conv_block_ranks,
+        "conv_block_alphas": network.conv_block_alphas,
+    }
+    return {name: ",".join(map(str, own)) for name, own in numbers.items() if own}
 
 
 def _folders(records: list[ImageRecord]) -> dict[str, dict[str, int]]:

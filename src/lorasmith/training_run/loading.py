@@ -9,11 +9,11 @@ from lorasmith.config import TrainConfig
 from lorasmith.data.dataset import Dataset
 from lorasmith.formats.dialects import read_any
 from lorasmith.models.base import LatentDiffusion
-from lorasmith.network import Network, match
+from lorasmith.network import Network
 from lorasmith.processes import Processes
 from lorasmith.training_run.encoding import posteriors
 from lorasmith.training_run.objective import noise_of, timesteps_of
-from lorasmith.training_run.preparation import Preparation, network_rules
+from lorasmith.training_run.preparation import Preparation
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -35,14 +35,14 @@ def load_model(cfg: TrainConfig, ready: Preparation, device: torch.device) -> La
         )
 
 
-def build_network(cfg: TrainConfig, model: LatentDiffusion) -> Network:
+def build_network(cfg: TrainConfig, ready: Preparation, model: LatentDiffusion) -> Network:
     """Return the network to train: new, or from the given weights with all of them used."""
-    rules, targets = network_rules(cfg), model.adapter_targets()
+    layers = model.adaptable_layers()
+    targets = {name: layers[name] for name in ready.rules}
     if cfg.network.weights is None:
-        return Network.create(targets, rules, seed=cfg.training.seed)
-    return Network.load(
-        {name: targets[name] for name in match(targets, rules)}, read_any(cfg.network.weights).tensors
-    )
+        return Network.create(targets, list(ready.rules.values()), seed=cfg.training.seed)
+    scales = {name: rule.lr_scale for name, rule in ready.rules.items()}
+    return Network.load(targets, read_any(cfg.network.weights).tensors, lr_scales=scales)
 
 
 def build_dataset(

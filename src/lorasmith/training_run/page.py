@@ -12,7 +12,7 @@ from lorasmith.caching import Encoded, caption_name, count_cached
 from lorasmith.config import TrainConfig
 from lorasmith.data.subsets import DatasetRules
 from lorasmith.memory import estimate_training_memory, vae_home
-from lorasmith.network import adapter_class, match, part_of
+from lorasmith.network import adapter_class, part_of
 from lorasmith.plan_page import (
     caption_lines,
     caption_rule_lines,
@@ -29,7 +29,7 @@ from lorasmith.training_run.encoding import kept_captions, makers_of, trains_tex
 from lorasmith.training_run.loading import DTYPES
 from lorasmith.training_run.objective import objective_line
 from lorasmith.training_run.own_words import own_word_lines
-from lorasmith.training_run.preparation import Preparation, network_rules, one_or_each, output_folder
+from lorasmith.training_run.preparation import Preparation, one_or_each, output_folder
 from lorasmith.training_run.rates import rate_lines
 from lorasmith.training_run.samples import sample_lines
 
@@ -147,8 +147,10 @@ def _caption_rules(ready: Preparation) -> list[str]:
 def _num_adapter_values(cfg: TrainConfig, ready: Preparation) -> int:
     with torch.device("meta"):  # so none is built
         adapters = [
-            adapter_class(rule.adapter)(ready.shapes[name], ready.rank, rule.alpha, **rule.options)
-            for name, rule in match(ready.shapes, network_rules(cfg)).items()
+            adapter_class(rule.adapter)(
+                ready.shapes[name], ready.rank if cfg.network.weights else rule.rank, rule.alpha, **rule.options
+            )
+            for name, rule in ready.rules.items()
         ]
     return sum(parameter.numel() for adapter in adapters for parameter in adapter.parameters())
 

@@ -27,11 +27,12 @@ from lorasmith.data.records import ImageRecord
 from lorasmith.data.subsets import Augmentation, DatasetRules, Subset
 from lorasmith.errors import UserError
 from lorasmith.formats import embeddings
-from lorasmith.formats.dialects import read_any
-from lorasmith.network import Network, Rule, adapter_class, check_ranks, match, part_of
+from lorasmith.formats.dialects import AnyLora, read_any
+from lorasmith.network import Network, Rule, adapter_class, check_ranks, group_by_module, part_of
 from lorasmith.output_folder import OutputFolder, check_free
 from lorasmith.processes import Processes
 from lorasmith.trackers import require_trackers
+from lorasmith.training_run.layers import is_convolutional, layer_rules, trained_places
 from lorasmith.training_run.objective import check_prediction
 from lorasmith.training_run.own_words import OwnWords, own_words
 from lorasmith.training_run.rates import Rates, decide_rates
@@ -45,7 +46,6 @@ from lorasmith.training_state import (
 
 _DEFAULT_STEPS = 1600  # the document's scripts' own
 _FAMILY_TITLES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x"}
-_PATTERNS = {"both": "*", "unet": "lora_unet_*", "text_encoder": "lora_te*"}
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Preparation:
     facts: model_families.ModelFacts
     precision: str
     shapes: dict[str, tuple[int, ...]]  # of the layers to train, by saved name
+    rules: dict[str, Rule]  # what each of them gets
     rank: int  # the largest, where starting weights bring several
     alpha: float
     resolution: Size
@@ -102,17 +103,18 @@ def prepare(cfg: TrainConfig, processes: Processes, state: State | None) -> Prep
     precision = choose_precision(cfg.training.precision, processes.device)
     with open_checkpoint(cfg.model.base) as checkpoint:
         facts = model_families.describe(checkpoint, v2=cfg.model.v2, prediction=cfg.model.prediction, vae=cfg.model.vae)
-        shapes = model_families.target_shapes(checkpoint)
+        _, places, _ = model_families.adapter_places(checkpoint)
     check_prediction(cfg.loss, facts.prediction)
     found = embeddings.read(cfg.model.embeddings, width=facts.text_width)
-    rules = network_rules(cfg)
-    shapes = {name: shapes[name] for name in match(shapes, rules)}
-    if cfg.network.weights is None:
-        check_ranks(shapes, rules)
+    weights = None if cfg.network.weights is None else read_any(cfg.network.weights)
+    places = trained_places(cfg, places, group_by_module(weights.tensors) if weights else ())
+    shapes, rules = {name: place.shape for name, place in places.items()}, layer_rules(cfg, places)
+    if weights is None:
+        check_ranks(shapes, list(rules.values()))
         (rank, alpha), weight_notes = _new_rank(cfg.network), []
     else:
-        rank, alpha, weight_notes = _check_weights(cfg.network, facts, shapes)
-    check_adapters(cfg.network, shapes, rules)
+        rank, alpha, weight_notes = _check_weights(cfg.network, weights, facts, shapes)
+    check_adapters(cfg.network, shapes, list(rules.values())[:1])  # all are of one type
     if cfg.resume is None or output_folder(cfg).path.resolve() != run_folder(cfg.resume).resolve():
         check_free(output_folder(cfg), overwrite=cfg.save.overwrite)
     set_pixel_limit(cfg.data.max_megapixels)
@@ -143,7 +145,8 @@ def prepare(cfg: TrainConfig, processes: Processes, state: State | None) -> Prep
         _check_resumable(state, fingerprint, plan, total_steps)
         _check_optimizer(state, rates.optimizer.name)
     return Preparation(
-        facts, precision, shapes, rank, alpha, datasets[0].resolution, datasets, gathered.records, gathered.crops,
+        facts, precision, shapes, rules, rank, alpha, datasets[0].resolution, datasets,
+        gathered.records, gathered.crops,
         [subset.for_run_of(total_steps) for subset in gathered.subsets],
         [*notes, *gathered.notes, *_cut_notes(cfg, gathered, words), *plan.notes],
         plan, validation_plan(plan, gathered.records, seed=_validation_seed(cfg)), total_steps, schedule,
@@ -331,17 +334,18 @@ def _check_optimizer(state: State, name: str) -> None:
 
 
 def _check_weights(
-    network: config.NetworkSection, facts: model_families.ModelFacts, shapes: Mapping[str, tuple[int, ...]]
+    network: config.NetworkSection,
+    lora: AnyLora,
+    facts: model_families.ModelFacts,
+    shapes: Mapping[str, tuple[int, ...]],
 ) -> tuple[int, float, list[str]]:
-    """Return the largest rank in starting weights, with its alpha, and notes on them.
+    """Return the largest rank in starting weights, convolutions aside, with its alpha, and notes on them.
 
     Raises:
         UserError: they are broken, for another family, not for exactly these layers, or of another type, rank or alpha
             than is asked for.
     """
     path = network.weights
-    assert path is not None
-    lora = read_any(path)
     if lora.family not in (facts.family, "unknown"):
         title = _FAMILY_TITLES.get(lora.family, lora.family.upper())
         raise UserError(
@@ -363,7 +367,8 @@ def _check_weights(
         told = ", ".join(f"{count} {name}" for name, count in types.most_common())
         wanted = f"give --adapter {next(iter(types))}" if len(types) == 1 else "give weights of one type"
         raise UserError(f"--weights {path} brings adapters of another type than {network.adapter} ({told}); {wanted}.")
-    rank, alpha = _stored_rank(network, adapters)
+    others = {name: adapter for name, adapter in adapters.items() if not is_convolutional(name)}
+    rank, alpha = _stored_rank(network, others or adapters)
     given_rank = network.rank if "rank" in network.model_fields_set else None
     for name, asked, value in (("rank", given_rank, rank), ("alpha", network.alpha, alpha)):
         if asked is not None and not math.isclose(asked, value, rel_tol=1e-3):  # a file may hold alpha in fp16
@@ -392,13 +397,6 @@ def output_folder(cfg: TrainConfig) -> OutputFolder:
     """Return where the run's results go."""
     assert cfg.save.output is not None
     return OutputFolder(cfg.save.output, cfg.save.name, cfg.save.format)
-
-
-def network_rules(cfg: TrainConfig) -> list[Rule]:
-    """Return which layers get an adapter, and which one."""
-    network = cfg.network
-    options = adapter_class(network.adapter).parse_options(network.adapter_options)
-    return [Rule(_PATTERNS[network.train], network.adapter, network.rank, network.alpha, options=options)]
 
 
 def _datasets(cfg: TrainConfig, resolution: Size) -> tuple[list[DatasetRules], list[str]]:
