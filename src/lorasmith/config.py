@@ -663,6 +663,12 @@ class SaveSection(Section):
         default="full",
         description="What the file says of its training: all that UIs show, or only what programs need to load it.",
     )
+    upload: str | None = Field(
+        default=None,
+        description="Upload the LoRA with its page and samples to this repository of the Hugging Face hub at the end "
+        "(your-name/my-lora); private if it is new.",
+    )
+    upload_public: bool = Field(default=False, description="Let everyone see a repository that upload makes.")
     share_captions: bool = Field(
         default=True, description="Write folder names and caption tags into the file's metadata, as UIs show them."
     )
@@ -848,6 +854,9 @@ def contradictions(cfg: TrainConfig) -> list[str]:
         f"{' and '.join(of_held_out)} {'is' if len(of_held_out) == 1 else 'are'} for held-out pictures, but "
         "validation_split, their share, is missing; give it, or leave the other out": (
             of_held_out and not cfg.validation.validation_split and not data.dataset_config and not cfg.resume
+        ),
+        "upload_public is for upload, where to; give that too, or leave it out": (
+            cfg.save.upload_public and not cfg.save.upload and not cfg.resume
         ),
         "project and run_name are for trackers, but trackers, which of them, is missing; give it, or leave the other "
         "out": (

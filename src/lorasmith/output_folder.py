@@ -44,6 +44,10 @@ class OutputFolder:
         return self.path / "samples"
 
     @property
+    def hub(self) -> Path:
+        return self.path / "hub"
+
+    @property
     def report(self) -> Path:
         return self.path / "report"
 
@@ -124,7 +128,7 @@ def _belongings(folder: OutputFolder) -> list[Path]:
     """Return what a run of this name would write over: its files and folders, not the user's other things."""
     if not folder.path.is_dir():
         return []
-    named = {RUN_FILE, "logs", "samples", "report", "states"}
+    named = {RUN_FILE, "logs", "samples", "report", "hub", "states"}
     stem = r"last|epoch-\d{6,}|(step|best)-\d{8,}"
     if folder.name is not None:
         stem = rf"{re.escape(folder.name)}(-\d{{6,}}|-(step|best)\d{{8,}})?"

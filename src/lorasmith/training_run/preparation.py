@@ -28,6 +28,7 @@ from lorasmith.data.subsets import Augmentation, DatasetRules, Subset
 from lorasmith.errors import UserError
 from lorasmith.formats import embeddings
 from lorasmith.formats.dialects import AnyLora, read_any
+from lorasmith.hub import check_upload
 from lorasmith.network import Network, Rule, adapter_class, check_ranks, group_by_module, part_of
 from lorasmith.output_folder import OutputFolder, check_free
 from lorasmith.processes import Processes
@@ -100,6 +101,8 @@ class NpzFiles:
 def prepare(cfg: TrainConfig, processes: Processes, state: State | None) -> Preparation:
     """Look at all that was given: the model's header, the output folder, every picture; decide, load nothing."""
     require_trackers(cfg.log.trackers)
+    if cfg.save.upload is not None:
+        check_upload(cfg.save.upload)
     precision = choose_precision(cfg.training.precision, processes.device)
     with open_checkpoint(cfg.model.base) as checkpoint:
         facts = model_families.describe(checkpoint, v2=cfg.model.v2, prediction=cfg.model.prediction, vae=cfg.model.vae)

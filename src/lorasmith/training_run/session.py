@@ -19,10 +19,13 @@ from lorasmith.checkpoint import atomic_file
 from lorasmith.command_line import quoted
 from lorasmith.config import TrainConfig
 from lorasmith.data.dataset import Dataset
+from lorasmith.errors import UserError
 from lorasmith.formats import kohya
+from lorasmith.hub import upload
 from lorasmith.interrupt import StopRequest
 from lorasmith.loss_log import LossLog, read_log
 from lorasmith.memory import lent
+from lorasmith.model_card import write_card
 from lorasmith.models.base import LatentDiffusion
 from lorasmith.network import Network
 from lorasmith.optimizers.base import adaptation, weights_to_use
@@ -37,7 +40,7 @@ from lorasmith.training import LossNotFiniteError, Stepper
 from lorasmith.training_run.about import file_advice, file_metadata, now
 from lorasmith.training_run.preparation import Preparation, output_folder
 from lorasmith.training_run.resuming import OF_ONE_START, with_whole_paths
-from lorasmith.training_run.sharing import run_id, shared_options
+from lorasmith.training_run.sharing import model_card_of, run_id, shared_options
 from lorasmith.training_state import (
     NETWORK_FILE,
     StateFacts,
@@ -282,6 +285,22 @@ class Session:
         for name, kind in self._best():
             print(f"{kind}: {self.folder.path / name}")
         print(f"the report: {page}", flush=True)
+        self._publish(path)
+
+    def _publish(self, path: Path) -> None:
+        """Write what can be published, and upload it where asked; a failure is told and does no harm."""
+        assert self.samples is not None
+        save = self.cfg.save
+        samples = list(zip(self.ready.prompts, self.samples.pictures(self.done), strict=False))
+        card = model_card_of(self.cfg, self.ready, self.done, samples, shared_options(self.cfg))
+        if not write_card(self.folder.hub, path, card):
+            print(f"{self.folder.hub / 'README.md'} was changed by hand, so it is kept as it is")
+        if save.upload is None:
+            return
+        try:
+            print(f"uploaded to {upload(self.folder.hub, save.upload, is_public=save.upload_public)}", flush=True)
+        except UserError as error:
+            print(f"lorasmith: {error}", file=sys.stderr, flush=True)
 
     def _best(self) -> list[tuple[str, str]]:
         """Return the best file of those that --keep-best kept, and what it is."""

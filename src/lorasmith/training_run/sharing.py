@@ -3,11 +3,20 @@
 import hashlib
 import os
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from PIL import Image
 
 from lorasmith import config
 from lorasmith.config import TrainConfig
+from lorasmith.model_card import Card
 from lorasmith.training_run.preparation import Preparation
+
+_IN_CARD = (
+    "network.adapter", "network.rank", "network.alpha", "optimizer.optimizer", "optimizer.learning_rate",
+    "optimizer.lr_schedule", "training.batch_size", "training.seed", "data.resolution",
+)  # fmt: skip
 
 
 def shared_options(cfg: TrainConfig) -> dict[str, Any]:
@@ -37,3 +46,25 @@ def run_id(cfg: TrainConfig, ready: Preparation, started_at: float) -> str:
     assert cfg.save.output is not None
     facts = f"{ready.fingerprint} {started_at} {cfg.save.output.resolve()}"
     return hashlib.sha256(facts.encode()).hexdigest()[:16]
+
+
+def model_card_of(
+    cfg: TrainConfig,
+    ready: Preparation,
+    step: int,
+    samples: Sequence[tuple[str, Image.Image]],
+    options: Mapping[str, Any],
+) -> Card:
+    """Return what the page about the LoRA says; how the pictures look is said by samples of it alone."""
+    facts = {"steps": step, "pictures": sum(not record.is_prior for record in ready.records)}
+    base = str(options["model.base"])
+    return Card(
+        title=cfg.save.title or cfg.save.name or "LoRA",
+        base=base,
+        is_on_hub="/" in base,
+        description=cfg.save.description or "",
+        license=cfg.save.license,
+        trigger_phrase=cfg.save.trigger_phrase,
+        samples=samples,
+        facts={**facts, **{name: options[name] for name in _IN_CARD if name in options}},
+    )
