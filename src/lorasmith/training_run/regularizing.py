@@ -1,14 +1,14 @@
 """What holds a run's adapters back, as its options say it, and whether these adapters can be held back so."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from lorasmith import plugins
 from lorasmith.adapters.base import Adapter
 from lorasmith.config import NetworkSection, TrainConfig
 from lorasmith.dropout import DropoutRates
 from lorasmith.errors import UserError
-from lorasmith.network import Network, Rule, adapter_class
+from lorasmith.network import Network, Rule, adapter_class, match
 from lorasmith.regularizers import Regularizers
 
 
@@ -35,8 +35,15 @@ def check_adapters(network: NetworkSection, shapes: Mapping[str, Sequence[int]],
     Raises:
         UserError: names the type, and those that can.
     """
-    smallest = min(shapes.values(), key=math.prod)
-    _check(network, (adapter_class(rule.adapter)(smallest, rule.rank, rule.alpha, **rule.options) for rule in rules))
+    _check(network, _examples(shapes, rules))
+
+
+def _examples(shapes: Mapping[str, Sequence[int]], rules: Sequence[Rule]) -> Iterator[Adapter]:
+    """Yield a new adapter of each rule, for the smallest of its layers."""
+    matched = match(shapes, rules)
+    for rule in rules:
+        if own := [shapes[name] for name, first in matched.items() if first is rule]:
+            yield adapter_class(rule.adapter)(min(own, key=math.prod), rule.rank, rule.alpha, **rule.options)
 
 
 def _rates(network: NetworkSection) -> DropoutRates:
