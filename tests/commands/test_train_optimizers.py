@@ -147,6 +147,17 @@ def test_excluded_tensors_are_not_decayed(place: Place) -> None:
     assert same(place.train(*strong, "--weight-decay-exclude", "*"), nothing)
 
 
+def test_dora_scales_are_not_decayed_unless_that_is_asked_for(place: Place) -> None:
+    still = [*QUICK, "--steps", 1, "--adapter", "dora", *SGD[:2], "--learning-rate", 1e-6]
+    begun = place.train(*still, "--weight-decay", 0).tensors
+    kept, decayed = (place.train(*still, "--weight-decay", 1e5, *more) for more in ([], ["--weight-decay-exclude"]))
+    names = [name for name in begun if name.endswith(".dora_scale")]
+    assert len(names) == 72
+    for name in names:
+        assert torch.equal(kept.tensors[name], begun[name])
+        torch.testing.assert_close(decayed.tensors[name], 0.9 * begun[name], rtol=1e-3, atol=1e-5)
+
+
 def test_where_bitsandbytes_is_missing_one_line_says_so(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes.optim", None)

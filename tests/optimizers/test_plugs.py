@@ -185,6 +185,29 @@ def test_a_class_that_hands_arguments_on_takes_those_of_the_class_below() -> Non
         choose(name, ["momentums=0.5"], device=CPU)
 
 
+class Waiting(torch.optim.SGD):
+    """Takes no step before it is told that training begins, as the authors' schedule-free optimizers do."""
+
+    is_training = False
+
+    def train(self) -> None:
+        self.is_training = True
+
+    def eval(self) -> None:
+        self.is_training = False
+
+    def step(self, closure: Any = None) -> Any:
+        assert self.is_training
+        return super().step(closure)
+
+
+def test_one_that_waits_for_the_training_is_told() -> None:
+    choice = choose(f"{__name__}.Waiting", [], device=CPU)
+    values = parameters()
+    steps(choice.build(groups(values, 0.1), weight_decay=0.0), values, range(1))
+    assert choice.averages and choice.owns_schedule
+
+
 class Unsafe(torch.optim.SGD):
     """Keeps what cannot be loaded from a file that may come from anybody."""
 

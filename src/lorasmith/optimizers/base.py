@@ -79,7 +79,7 @@ def choose(name: str, arguments: Sequence[str], *, device: torch.device) -> Choi
         lost = [argument for argument in arguments if argument.partition("=")[0].strip() not in known]
         arguments = [argument for argument in arguments if argument not in lost]
         notes += [f"it has no {', '.join(lost)}"] if lost else []
-    build = builder(name, arguments)
+    build = partial(_in_training, builder(name, arguments))
     try:
         optimizer = try_out(build, device)
     except UserError:
@@ -100,6 +100,14 @@ def choose(name: str, arguments: Sequence[str], *, device: torch.device) -> Choi
         averages,
         notes,
     )
+
+
+def _in_training(build: Build, param_groups: Sequence[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
+    """Build an optimizer that is ready for a step, which schedule-free ones of their authors' are not by themselves."""
+    optimizer = build(param_groups, **options)
+    if isinstance(optimizer, TwoWeights):
+        optimizer.train()
+    return optimizer
 
 
 def builder(name: str, arguments: Sequence[str] = ()) -> Build:
