@@ -3,7 +3,7 @@
 import hashlib
 from typing import Any, cast
 
-import diffusers
+import diffusers as diffusers_
 import numpy as np
 import pytest
 import torch
@@ -20,6 +20,7 @@ from lorasmith.diffusion import Discrete, Prediction
 from lorasmith.errors import UserError
 from lorasmith.sampling import generate, make_scheduler
 
+diffusers: Any = diffusers_  # it says nothing of what it exports
 SETTINGS: dict[str, Any] = {"size": (72, 40), "steps": 4, "guidance": 4.0, "negative": "bad"}
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 THEIRS = {  # the schedulers as Stable Diffusion's repositories configure them
@@ -161,7 +162,7 @@ def test_a_sampler_that_needs_a_package_says_so(model: Any, monkeypatch: pytest.
     def missing(**options: object) -> None:
         raise ImportError
 
-    monkeypatch.setattr(diffusers, "LMSDiscreteScheduler", missing)
+    monkeypatch.setattr(diffusers_, "LMSDiscreteScheduler", missing)
     with pytest.raises(UserError, match="sampler lms needs the Python package scipy"):
         generate(model, ["a cat"], seeds=[3], sampler="k_lms", **SETTINGS)
 

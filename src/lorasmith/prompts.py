@@ -143,7 +143,7 @@ def _entries(path: Path, text: str, table: dict[str, Any]) -> list[Any]:
         if isinstance(entries, list):
             return entries
         raise UserError(f'--prompts {path}: expected a list, such as [{{"prompt": "a cat", "width": 512}}].')
-    common = table.get("prompt")
+    common: Any = table.get("prompt")
     subsets = common.pop("subset", None) if isinstance(common, dict) else None
     if set(table) != {"prompt"} or not isinstance(subsets, list) or not all(isinstance(one, dict) for one in subsets):
         raise UserError(

@@ -102,7 +102,7 @@ def _start(name: str, folder: Path, project: str, run_name: str, run_id: str, op
     if name == "trackio":
         tracker = tracking.TrackioTracker(project, name=run_name, resume="allow", config=dict(options))
     else:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]  # an extra
 
         # What else it would send: what is printed, the command line with its paths, the git repository, the code.
         silent = wandb.Settings(console="off", disable_git=True, disable_code=True, x_disable_meta=True)

@@ -203,6 +203,18 @@ def test_a_run_begun_with_relative_paths_goes_on_from_anywhere(
     assert main([*again, "--images", str(tmp_path / "elsewhere")]) == 0
 
 
+def test_a_file_of_prompts_is_found_from_anywhere(
+    base: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.txt").write_text("a cat --w 72\n")
+    drawing = ["--prompts", "mine.txt", "--sample-every-steps", "1", "--sample-steps", "1", "--train", "text_encoder"]
+    monkeypatch.chdir(tmp_path)
+    assert main(command(base, pictures, tmp_path / "out", *drawing, "--steps", "1")) == 0
+    monkeypatch.chdir("/")
+    assert main(["train", "--resume", str(tmp_path / "out"), "--steps", "2"]) == 0
+    assert Image.open(tmp_path / "out" / "samples" / "step-00000002" / "00.png").size == (72, 64)
+
+
 def test_a_run_that_ended_before_it_saved_is_simply_started_again(
     base: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
