@@ -194,6 +194,11 @@ class ModelSection(Section):
         description="Textual-inversion files, or folders of these; where their names stand in captions and prompts, "
         "their vectors are used (docs/embeddings.md).",
     )
+    base_loras: list[Place] = Field(
+        default_factory=list,
+        description="LoRA files to fold into the base model before training, so that the new one is trained on top.",
+    )
+    base_lora_ratios: Numbers = Field(default=[], description="A ratio for each of them; left out, 1.")
 
 
 class NetworkSection(Section):
@@ -859,9 +864,7 @@ def contradictions(cfg: TrainConfig) -> list[str]:
             cfg.save.upload_public and not cfg.save.upload and not cfg.resume
         ),
         "project and run_name are for trackers, but trackers, which of them, is missing; give it, or leave the other "
-        "out": (
-            (cfg.log.run_name or _is_changed(cfg.log, "project")) and not cfg.log.trackers and not cfg.resume
-        ),
+        "out": ((cfg.log.run_name or _is_changed(cfg.log, "project")) and not cfg.log.trackers and not cfg.resume),
         "resume goes on with a run, but overwrite starts afresh; leave out one of them": (
             cfg.resume and cfg.save.overwrite
         ),

@@ -238,6 +238,29 @@ def _add(value: Tensor, adapters: Sequence[Adapter], end: str, dtype: torch.dtyp
         value = total
 
 
+@torch.no_grad()
+def fold(model: LatentDiffusion, additions: Sequence[Addition]) -> None:
+    """Add LoRAs to the weights of a loaded model, in order; sums are in fp32 and rounded to the layers' types.
+
+    Raises:
+        UserError: a sum is larger than its layer's type can hold.
+    """
+    layers = model.adaptable_layers()
+    for name in sorted({name for addition in additions for name in addition.factors}):
+        layer, own = layers[name], [addition for addition in additions if name in addition.factors]
+        adapters = [one.adapter(name, layer.get_parameter("weight").shape).to(model.device) for one in own]
+        for end in ("weight", "bias"):
+            value = getattr(layer, end, None)
+            if value is None:
+                continue
+            _add(value, adapters, end, torch.float32, value)
+            if not _is_finite(value):
+                raise UserError(
+                    f"{name} gets larger than {str(value.dtype).removeprefix('torch.')} can hold with what is folded "
+                    "in; give lower ratios, or compute in fp32 (--precision fp32)."
+                )
+
+
 def _is_finite(tensor: Tensor) -> bool:
     parts = tensor.split(_ROWS)
     return all(bool(torch.isfinite(part if part.dtype.itemsize > 1 else part.float()).all()) for part in parts)

@@ -12,8 +12,8 @@ from lorasmith.errors import UserError
 
 # Where things lie now (what lies there is checked by its content), how long, how often, what is shown.
 CHANGEABLE = {
-    "resume", "dry_run", "base", "vae", "embeddings", "images", "regularization", "captions", "masks", "weights",
-    "output", "source", "image_column", "caption_column", "dataset_split",
+    "resume", "dry_run", "base", "vae", "embeddings", "base_loras", "images", "regularization", "captions",
+    "masks", "weights", "output", "source", "image_column", "caption_column", "dataset_split",
     "steps", "epochs", "workers", "device", "batch_size", "cache_latents", "skip_unreadable", "max_megapixels",
     "disk_cache", "cache_dir", "npz_dir",
     "gradient_checkpointing", "dataset_config", "dataset_root",

@@ -22,6 +22,7 @@ from lorasmith.output_folder import OutputFolder
 from lorasmith.training_run.preparation import Preparation
 
 _EMBEDDINGS_KEY = "lorasmith.embeddings"  # the names of those that captions used, a JSON list
+_BASE_LORAS_KEY = "lorasmith.base_loras"  # names and ratios of the LoRAs that were a part of the base model, JSON
 _SMALLEST_REAL_WIDTH = 320  # channels of the U-Net in every SD 1 and 2
 
 
@@ -134,6 +135,8 @@ def file_metadata(cfg: TrainConfig, ready: Preparation, step: int, started_at: f
     full = metadata.training(values)
     if save.share_captions and ready.words.num_captions:
         full[_EMBEDDINGS_KEY] = json.dumps(sorted(ready.words.num_captions))
+    if folded := ready.base_loras.names():
+        full[_BASE_LORAS_KEY] = json.dumps(folded)
     return {**(full if save.metadata == "full" else metadata.minimal(full)), **spec}
 
 

@@ -22,9 +22,10 @@ def makers_of(cfg: TrainConfig, ready: Preparation, device: torch.device) -> dic
     vae = base if cfg.model.vae is None else _place(cfg.model.vae)
     options = cfg.model.clip_skip, cfg.data.max_token_length, cfg.data.weighted_captions, cfg.training.attention
     embeddings = sorted(one.identity for one in ready.words.embeddings)
+    loras = ready.base_loras.identities
     return {
         "latents": latents_maker(vae, device),
-        "text": Maker(base, (device.type, ready.precision, *options, *embeddings)),
+        "text": Maker(base, (device.type, ready.precision, *options, *embeddings, *loras)),
     }
 
 

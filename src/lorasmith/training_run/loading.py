@@ -2,7 +2,7 @@
 
 import torch
 
-from lorasmith import model_families
+from lorasmith import merging, model_families
 from lorasmith.cache_folder import Store
 from lorasmith.checkpoint import open_checkpoint
 from lorasmith.config import TrainConfig
@@ -19,9 +19,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def load_model(cfg: TrainConfig, ready: Preparation, device: torch.device) -> LatentDiffusion:
-    """Load the base model with another VAE and the options that are given."""
+    """Load the base model with another VAE, LoRAs folded in and the options that are given."""
     with open_checkpoint(cfg.model.base) as checkpoint:
-        return model_families.load(
+        model = model_families.load(
             checkpoint,
             dtype=DTYPES[ready.precision],
             device=device,
@@ -33,6 +33,8 @@ def load_model(cfg: TrainConfig, ready: Preparation, device: torch.device) -> La
             weighted_captions=cfg.data.weighted_captions,
             embeddings=ready.words.embeddings,
         )
+    merging.fold(model, ready.base_loras.additions)
+    return model
 
 
 def build_network(cfg: TrainConfig, ready: Preparation, model: LatentDiffusion) -> Network:

@@ -44,7 +44,11 @@ def describe_plan(cfg: TrainConfig, ready: Preparation, processes: Processes) ->
     num_values = _num_adapter_values(cfg, ready)
     training_records = [record for record in ready.records if not record.is_prior]
     paragraphs = {
-        "model": [f"{cfg.model.base}: {facts.title}, {facts.prediction} prediction", *facts.notes],
+        "model": [
+            f"{cfg.model.base}: {facts.title}, {facts.prediction} prediction",
+            *ready.base_loras.lines(),
+            *facts.notes,
+        ],
         "network": [
             f"{', '.join([network.adapter, *network.adapter_options, *_rank_words(cfg, ready)])}: "
             f"{len(ready.shapes)} modules "

@@ -33,6 +33,8 @@ from lorasmith.network import Network, Rule, adapter_class, check_ranks, group_b
 from lorasmith.output_folder import OutputFolder, check_free
 from lorasmith.processes import Processes
 from lorasmith.trackers import require_trackers
+from lorasmith.training_run import base_loras
+from lorasmith.training_run.base_loras import BaseLoras
 from lorasmith.training_run.layers import is_convolutional, layer_rules, trained_places
 from lorasmith.training_run.objective import check_prediction
 from lorasmith.training_run.own_words import OwnWords, own_words
@@ -57,6 +59,7 @@ class Preparation:
     precision: str
     shapes: dict[str, tuple[int, ...]]  # of the layers to train, by saved name
     rules: dict[str, Rule]  # what each of them gets
+    base_loras: BaseLoras
     rank: int  # the largest, where starting weights bring several
     alpha: float
     resolution: Size
@@ -106,8 +109,9 @@ def prepare(cfg: TrainConfig, processes: Processes, state: State | None) -> Prep
     precision = choose_precision(cfg.training.precision, processes.device)
     with open_checkpoint(cfg.model.base) as checkpoint:
         facts = model_families.describe(checkpoint, v2=cfg.model.v2, prediction=cfg.model.prediction, vae=cfg.model.vae)
-        _, places, _ = model_families.adapter_places(checkpoint)
+        family, places, _ = model_families.adapter_places(checkpoint)
     check_prediction(cfg.loss, facts.prediction)
+    folded = base_loras.read(cfg.model, family, places)
     found = embeddings.read(cfg.model.embeddings, width=facts.text_width)
     weights = None if cfg.network.weights is None else read_any(cfg.network.weights)
     places = trained_places(cfg, places, group_by_module(weights.tensors) if weights else ())
@@ -142,13 +146,14 @@ def prepare(cfg: TrainConfig, processes: Processes, state: State | None) -> Prep
     cached = [_caches_latents(cfg, dataset) for dataset in datasets]
     npz = _npz_files(cfg, facts, gathered, cached, processes)
     words = own_words(*found, gathered.records, gathered.subsets)
-    fingerprint = _fingerprint(gathered, npz, words, plan.num_processes)
+    own_facts = [*words.facts(), *folded.identities]
+    fingerprint = _fingerprint(gathered, npz, own_facts, plan.num_processes)
     if state is not None:
-        _check_processes_of_shards(state, gathered, plan, npz, words)
+        _check_processes_of_shards(state, gathered, plan, npz, own_facts)
         _check_resumable(state, fingerprint, plan, total_steps)
         _check_optimizer(state, rates.optimizer.name)
     return Preparation(
-        facts, precision, shapes, rules, rank, alpha, datasets[0].resolution, datasets,
+        facts, precision, shapes, rules, folded, rank, alpha, datasets[0].resolution, datasets,
         gathered.records, gathered.crops,
         [subset.for_run_of(total_steps) for subset in gathered.subsets],
         [*notes, *gathered.notes, *_cut_notes(cfg, gathered, words), *plan.notes],
@@ -227,7 +232,7 @@ def _npz_facts(files: NpzFiles) -> list[str]:
     return [f"{index} {content_hash}" for index, (_, content_hash) in files.found.items()]
 
 
-def _fingerprint(gathered: Gathered, npz: NpzFiles, words: OwnWords, num_processes: int) -> str:
+def _fingerprint(gathered: Gathered, npz: NpzFiles, more: list[str], num_processes: int) -> str:
     """Return what stands for the data in a state: nothing in it says where they lie, unless processes share shards."""
     facts = [f"{record.identity} {crop}" for record, crop in zip(gathered.records, gathered.crops, strict=True)] + [
         str(subset.placeless) for subset in gathered.subsets
@@ -235,7 +240,7 @@ def _fingerprint(gathered: Gathered, npz: NpzFiles, words: OwnWords, num_process
     shards = [record.shard for record in gathered.records]
     if num_processes > 1 and any(shard is not None for shard in shards):
         facts += [f"{num_processes} processes", str(shards)]
-    return data_fingerprint(facts + _npz_facts(npz) + words.facts())
+    return data_fingerprint(facts + _npz_facts(npz) + more)
 
 
 def choose_precision(name: str, device: torch.device) -> str:
@@ -279,10 +284,10 @@ def require_options(cfg: TrainConfig) -> None:
         )
 
 
-def _check_processes_of_shards(state: State, gathered: Gathered, plan: Plan, npz: NpzFiles, words: OwnWords) -> None:
+def _check_processes_of_shards(state: State, gathered: Gathered, plan: Plan, npz: NpzFiles, more: list[str]) -> None:
     """Refuse to go on with shards that were shared among another number of processes."""
     counts = range(1, max(state.facts.unit_sizes) + 1)
-    fingerprint = partial(_fingerprint, gathered, npz, words)
+    fingerprint = partial(_fingerprint, gathered, npz, more)
     before = next((count for count in counts if state.facts.data_fingerprint == fingerprint(count)), None)
     if before is not None and fingerprint(before) != fingerprint(plan.num_processes):
         raise UserError(
@@ -296,9 +301,9 @@ def _check_resumable(state: State, fingerprint: str, plan: Plan, total_steps: in
     """Refuse to go on with other data, another global batch, or a run that is over."""
     if state.facts.data_fingerprint != fingerprint:
         raise UserError(
-            "the pictures, captions or masks are not those that the run was started with, or embeddings, the dataset "
-            "file or .npz files say something else of them, so it cannot go on as it was. Put them back, or start a "
-            "new run from the saved LoRA with --weights."
+            "the pictures, captions or masks are not those that the run was started with, or base LoRAs are others, or "
+            "embeddings, the dataset file or .npz files say something else of them, so it cannot go on as it was. Put "
+            "them back, or start a new run from the saved LoRA with --weights."
         )
     if state.facts.unit_sizes != plan.unit_sizes:
         raise UserError(

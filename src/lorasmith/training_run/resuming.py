@@ -14,7 +14,7 @@ from lorasmith.training_state import find_state
 
 OF_ONE_START: Any = {"resume": True, "save": {"overwrite"}}  # options that a resumed run does not take over
 _PLACES = (  # options of a run that name something on the disk, so that it can be gone on with from anywhere
-    ("model", "base"), ("model", "vae"), ("model", "embeddings"), ("network", "weights"),
+    ("model", "base"), ("model", "vae"), ("model", "embeddings"), ("model", "base_loras"), ("network", "weights"),
     ("data", "images"), ("data", "regularization"), ("data", "captions"), ("data", "masks"),
     ("data", "dataset_config"), ("data", "npz_dir"), ("save", "thumbnail"),
 )  # fmt: skip
