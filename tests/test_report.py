@@ -138,6 +138,26 @@ def test_blocks_hold_every_module_once_in_the_order_of_the_model(family: str, nu
     assert blocks["text 3"] ** 2 == pytest.approx(sum(norm**2 for norm in third))
 
 
+@pytest.mark.parametrize(
+    ("module", "block"),
+    [
+        ("unet_down_blocks_0_resnets_1_conv1", "down 0.1"), ("unet_down_blocks_0_downsamplers_0_conv", "down 0.2"),
+        ("unet_up_blocks_0_resnets_2_time_emb_proj", "up 0.2"), ("unet_up_blocks_0_upsamplers_0_conv", "up 0.2"),
+        ("unet_mid_block_resnets_0_conv2", "mid"), ("unet_conv_in", "others"), ("unet_time_embedding", "others"),
+        ("te_text_model_embeddings_token_embedding", "others"), ("unet_input_blocks_1_1_proj_in", "others"),
+        (f"te_text_model_encoder_layers_{'9' * 5000}_mlp_fc1", "others"),
+    ],
+)  # fmt: skip
+def test_layers_beside_the_attentions_have_a_place_too(module: str, block: str) -> None:
+    norms = {f"lora_{module}": 3.0, "lora_unet_mid_block_attentions_0_proj_in": 4.0}
+    assert norms_by_block(norms) == ({"mid": 5.0} if block == "mid" else {"mid": 4.0, block: 3.0})
+
+
+def test_every_layer_that_an_adapter_can_go_on_is_in_the_picture(tmp_path: Path) -> None:
+    write_report(tmp_path, contents(norms=dict.fromkeys(keys.adapter_modules(), 0.5)))
+    assert (tmp_path / "norms.png").exists()
+
+
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30), st.sampled_from([0.0, 0.5, 0.95]))
 def test_smoothing_is_the_weighted_mean_of_what_came_before(values: list[float], weight: float) -> None:
     for count, smoothed in enumerate(smooth(values, weight), 1):

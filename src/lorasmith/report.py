@@ -1,6 +1,7 @@
 """The report of a run: one folder with a page, the loss curve, samples before and after, and what was learned where."""
 
 import html
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,7 +73,8 @@ def write_report(folder: Path, contents: ReportContents) -> Path:
 def norms_by_block(norms: Mapping[str, float]) -> dict[str, float]:
     """Join modules' delta norms into their blocks': the root of the sum of squares.
 
-    A block is a text-encoder layer (`text 3`), or the attentions of a U-Net block (`down 1.0`, `mid`, `up 3.2`).
+    A block is a text-encoder layer (`text 3`), or a resnet of the U-Net with the attention behind it (`down 1.0`,
+    `mid`, `up 3.2`), the sampler being the last of its level (`down 1.2`, `up 1.2`). All other layers are `others`.
     """
     squares: dict[str, float] = {}
     for name, norm in norms.items():
@@ -90,18 +92,28 @@ def smooth(values: Sequence[float], weight: float = 0.95) -> list[float]:
     return smoothed
 
 
+_IN_BLOCK = re.compile(
+    r"lora_(?:te\d?_text_model_encoder_layers_(?P<text>\d{1,3})|unet_(?P<mid>mid)_block|"
+    r"unet_(?P<side>down|up)_blocks_(?P<level>\d{1,3})_"
+    r"(?:(?:attentions|resnets)_(?P<place>\d{1,3})|(?:down|up)samplers_0))_",
+    re.ASCII,
+)
+_SAMPLER = 2  # an upsampler stands behind three resnets, as part of the last; a downsampler behind two
+_SIDES = ["text", "down", "mid", "up", "others"]
+
+
 def _block_of(name: str) -> str:
-    words = name.split("_")
-    if name.startswith("lora_te"):
-        return f"text {words[words.index('layers') + 1]}"
-    if "mid" in words:
-        return "mid"
-    return f"{words[2]} {words[4]}.{words[words.index('attentions') + 1]}"
+    found = _IN_BLOCK.match(name)
+    if found is None:
+        return "others"
+    if found["text"]:
+        return f"text {found['text']}"
+    return found["mid"] or f"{found['side']} {found['level']}.{found['place'] or _SAMPLER}"
 
 
 def _block_order(block: str) -> tuple[int, list[int]]:
-    kind, _, place = block.partition(" ")
-    return ["text", "down", "mid", "up"].index(kind), [int(number) for number in place.split(".") if number]
+    side, _, place = block.partition(" ")
+    return _SIDES.index(side), [int(number) for number in place.split(".") if number]
 
 
 def _draw_losses(path: Path, losses: Sequence[tuple[int, float]], validation: Sequence[tuple[int, float]] = ()) -> None:

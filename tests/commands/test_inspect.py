@@ -161,8 +161,7 @@ def test_every_kind_is_measured_that_can_be_without_the_model(
     layers = {"lora_unet_mid_block_attentions_0_proj_in": tensors, "lora_unet_conv_in": tensors}
     facts = told(writers.kohya(tmp_path / "a.safetensors", layers), capsys)
     norm = change.double().norm().item()
-    expected = {"mid": norm, "others": norm} if norm else {"mid": 0}
-    assert facts["norms"] == pytest.approx(expected, rel=1e-5)
+    assert facts["norms"] == pytest.approx({"mid": norm, "others": norm}, rel=1e-5)
     assert facts["norms not known without the model"] == {}
 
 
@@ -228,7 +227,7 @@ def test_convolutions_and_other_kinds_are_counted_apart(tmp_path: Path, capsys: 
     assert facts["parts"]["convolutions, norms and others"] == {"layers": 2, "of": None}
     assert facts["kinds"] == {"LoRA": 2, "norm": 1} and facts["rank"] == {"from": 2, "to": 4}
     assert facts["clients"]["diffusers"] == {"verdict": "refused", "because": ["norm"], "rests on": "0.42.1, run"}
-    assert facts["norms"]["others"] == pytest.approx(math.sqrt(8 * 72 * 4**2 + 8))
+    assert facts["norms"]["down 0.0"] == pytest.approx(math.sqrt(8 * 72 * 4**2 + 8))
 
 
 def test_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,6 @@ All facts are gathered as plain values first; the page is made of the same value
 import hashlib
 import json
 import math
-import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -176,11 +175,6 @@ def _part_of_layer(name: str) -> str:
 
 _UNET_TARGETS, _TEXT_TARGETS = keys.unet_targets().keys(), keys.text_targets("sd2").keys()
 _OTHER_LAYERS = keys.adapter_modules().keys()
-_IN_BLOCK = re.compile(
-    r"lora_unet_(down_blocks_\d+_attentions_\d+|up_blocks_\d+_attentions_\d+|mid_block)_|"
-    r"lora_te\d?_text_model_encoder_layers_\d+_",
-    re.ASCII,
-)
 
 
 def _norms(layers: Mapping[str, Mapping[str, Tensor]], broken: set[str]) -> tuple[dict[str, float], dict[str, int]]:
@@ -195,9 +189,7 @@ def _norms(layers: Mapping[str, Mapping[str, Tensor]], broken: set[str]) -> tupl
             unknown[str(kind_of(own))] += 1
         elif math.isfinite(norm):
             norms[name] = norm
-    others = math.sqrt(sum(norm**2 for name, norm in norms.items() if not _IN_BLOCK.match(name)))
-    blocks = norms_by_block({name: norm for name, norm in norms.items() if _IN_BLOCK.match(name)})
-    return {**blocks, **({"others": others} if others else {})}, dict(unknown)
+    return norms_by_block(norms), dict(unknown)
 
 
 def _norm(own: Mapping[str, Tensor]) -> float | None:
