@@ -1444,6 +1444,108 @@ def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
+class GenerateConfig(Section):
+    """Draw pictures with a base model and LoRAs."""
+
+    prompt: list[str] = Field(
+        default=[],
+        description="What to draw: one or several texts, each with options such as `--n blurred --w 512 --d 7` "
+        "(docs/generate.md says all that may stand in one).",
+        json_schema_extra={"positional": "PROMPT"},
+    )
+    prompts: Place | None = Field(default=None, description="A .txt, .toml or .json file of prompts.")
+    base: PlaceOrHubId = Field(
+        default="", description="Base model: a .safetensors, .ckpt or .pt file, a diffusers folder, or a hub id."
+    )
+    vae: PlaceOrHubId | None = Field(default=None, description="Another VAE instead of the base model's own.")
+    prediction: Literal["epsilon", "v_prediction"] | None = Field(
+        default=None, description="What the U-Net predicts; read from the file where it says so."
+    )
+    zero_terminal_snr: bool = Field(
+        default=False, description="Begin in noise alone, for models that were trained with zero terminal SNR."
+    )
+    ema: bool = Field(default=False, description="Use the checkpoint's EMA weights where it has both kinds.")
+    clip_skip: Annotated[int, Field(ge=1, le=12)] = Field(
+        default=1, description="Take the text encoder's n-th layer from the end."
+    )
+    embeddings: list[Place] = Field(
+        default=[], description="Textual-inversion files, or folders of these, whose names prompts may use."
+    )
+    lora: list[Place] = Field(
+        default=[], description="LoRA files of any program, put on in this order; `<lora:name:0.8>` in a prompt too."
+    )
+    strength: Numbers = Field(
+        default=[], description="How strongly each LoRA is put on, one number for each, below 0 too; left out: 1."
+    )
+    unet_strength: Numbers = Field(default=[], description="The same for the U-Net alone, in place of strength.")
+    text_encoder_strength: Numbers = Field(
+        default=[], description="The same for the text encoder alone, in place of strength."
+    )
+    lora_folder: Place | None = Field(
+        default=None, description="Folder, with the folders in it, of the LoRAs that prompts may name."
+    )
+    fold: bool = Field(
+        default=False, description="Fold the LoRAs into the weights while they are used: faster, the same pictures."
+    )
+    negative: str = Field(default="", description="Negative prompt.")
+    size: Size | None = Field(
+        default=None, description="Size of the pictures in pixels; left out, what the model was trained at."
+    )
+    steps: Annotated[int, Field(ge=1, le=1000)] = Field(default=20, description="Sampler steps.")
+    guidance: Annotated[float, Field(ge=0)] = Field(default=7.5, description="Classifier-free guidance scale.")
+    guidance_rescale: Share = Field(
+        default=0.0, description="Share of guidance's added contrast that is taken back; 0.7 for zero terminal SNR."
+    )
+    sampler: str = Field(
+        default="dpm++", description="Sampler: ddim, euler, euler_a, dpm++, unipc, heun, pndm and more."
+    )
+    sigmas: Literal["normal", "karras", "exponential", "beta"] = Field(
+        default="normal", description="How the noise is spread over the steps; not every sampler has each."
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = Field(
+        default=None, description="Seed of each prompt's first picture, the others count up; left out, a random one."
+    )
+    images: PositiveInt = Field(default=1, description="Pictures of each prompt.")
+    all_variants: bool = Field(
+        default=False, description="Draw all that `{a|b}` in prompts stands for, instead of one drawn from the seed."
+    )
+    batch_size: PositiveInt = Field(
+        default=1, description="Pictures drawn at once: faster and more memory, the same pictures."
+    )
+    output: Place = Field(default=Path("pictures"), description="Folder for the pictures; nothing in it is replaced.")
+    name: FileName = Field(
+        default="{number}-{seed}",
+        description="File names, of {number}, {seed}, {prompt}, {model}, {sampler}, {steps}, {guidance}, {width}, "
+        "{height}.",
+    )
+    form: Literal["png", "webp", "jpeg"] = Field(
+        default="png", description="Form of the files; each holds what it was drawn from."
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        default="auto", description="Precision of the model; auto is bf16 on a GPU that has it, else fp32."
+    )
+    attention: Literal["sdpa", "plain"] = Field(default="sdpa", description="Attention implementation.")
+    device: str = Field(default="auto", description="Where to draw: auto, cpu, cuda, cuda:1, mps.")
+    progress: bool = Field(default=True, description="Show a progress bar.")
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "GenerateConfig":
+        if self.prompt and self.prompts is not None:
+            raise ValueError("prompt and prompts both say what to draw; leave one of them out")
+        for name in ("strength", "unet_strength", "text_encoder_strength"):
+            count = len(getattr(self, name))
+            if count not in (0, len(self.lora)):
+                raise ValueError(
+                    f"{name} is given {_counted(count, 'time')} for {_counted(len(self.lora), 'LoRA')}; "
+                    "give one for each, in the same order"
+                )
+        if self.strength and self.unet_strength and self.text_encoder_strength:
+            raise ValueError(
+                "strength is not used where unet_strength and text_encoder_strength are both given; leave it out"
+            )
+        return self
+
+
 class ConvertConfig(Section):
     """Write a LoRA as another program has it, or mend its names; or a base model as one file or a diffusers folder."""
 
@@ -1573,6 +1675,7 @@ COMMANDS: dict[str, type[Section]] = {
     "tag": TagConfig,
     "cache": CacheConfig,
     "prepare": PrepareConfig,
+    "generate": GenerateConfig,
     "merge": MergeConfig,
     "extract": ExtractConfig,
     "resize": ResizeConfig,

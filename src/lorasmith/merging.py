@@ -7,7 +7,8 @@ what the base with its LoRAs does.
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from lorasmith import model_families
 from lorasmith.adapters.base import Adapter
+from lorasmith.adapters.lora import LoRA
 from lorasmith.checkpoint import Checkpoint
 from lorasmith.errors import UserError
 from lorasmith.formats import kohya
@@ -69,6 +71,24 @@ class Addition:
         adapter = recognise(self.tensors[name]).from_tensors(shape, self.tensors[name])
         adapter.multiplier = self.factors[name]
         return adapter
+
+    def at(self, strength: Strength, places: Mapping[str, AdapterPlace]) -> "Addition":
+        """Return the same LoRA at another strength; where a factor is 0 now, it has none."""
+        factors = {name: strength.factor(name, places[name]) for name in self.factors}
+        return self._only([name for name, factor in factors.items() if factor], factors)
+
+    def _only(self, names: Collection[str], factors: Mapping[str, float]) -> "Addition":
+        return replace(
+            self,
+            tensors={name: self.tensors[name] for name in names},
+            factors={name: factors[name] for name in names},
+            biases=self.biases & set(names),
+            ignored=sorted({*self.ignored, *(self.factors.keys() - set(names))}),
+        )
+
+    def on(self, names: Collection[str]) -> "Addition":
+        """Return what it does to these layers."""
+        return self._only([name for name in self.factors if name in names], self.factors)
 
     def kinds(self) -> Counter[str]:
         """Return how many of the layers that are added are of which kind of change."""
@@ -259,6 +279,50 @@ def fold(model: LatentDiffusion, additions: Sequence[Addition]) -> None:
                     f"{name} gets larger than {str(value.dtype).removeprefix('torch.')} can hold with what is folded "
                     "in; give lower ratios, or compute in fp32 (--precision fp32)."
                 )
+
+
+@contextmanager
+def applied(model: LatentDiffusion, additions: Sequence[Addition], *, is_folded: bool) -> Iterator[None]:
+    """While entered, the model is the base with these LoRAs, in order; afterwards it is bit for bit what it was.
+
+    They are attached to the layers, or folded into the weights. Both are the same but for rounding. What has no forward
+    of its own, changes of embeddings and several of which a later one depends on the weight, is folded always.
+
+    Raises:
+        UserError: a sum is larger than its layer's type can hold.
+    """
+    layers = model.adaptable_layers()
+    hooked: dict[str, list[Adapter]] = {}
+    for name in sorted({name for addition in additions for name in addition.factors}) if not is_folded else ():
+        shape = layers[name].get_parameter("weight").shape
+        own = [one.adapter(name, shape).to(model.device) for one in additions if name in one.factors]
+        is_sum = len(own) == 1 or all(type(adapter) is LoRA for adapter in own)
+        if is_sum and not isinstance(layers[name], nn.Embedding):
+            hooked[name] = own
+    rest = [addition.on(addition.factors.keys() - hooked.keys()) for addition in additions]
+    parameters = {
+        parameter: parameter.detach().to("cpu", copy=True)
+        for name in {name for addition in rest for name in addition.factors}
+        for parameter in layers[name].parameters(recurse=False)
+    }
+    handles = [
+        layers[name].register_forward_hook(partial(_adapted, adapter))
+        for name, own in hooked.items()
+        for adapter in own
+    ]
+    try:
+        fold(model, rest)
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        with torch.no_grad():
+            for parameter, value in parameters.items():
+                parameter.copy_(value)
+
+
+def _adapted(adapter: Adapter, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    return adapter(layer, args[0], output)
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -112,7 +112,7 @@ def load(
     prediction: str | None = None,
     clip_skip: int = 1,
     ema: bool = False,
-    max_token_length: int = 75,
+    max_token_length: int | None = 75,
     weighted_captions: bool = False,
     embeddings: Embeddings = NO_EMBEDDINGS,
 ) -> LatentDiffusion:
@@ -123,7 +123,7 @@ def load(
         prediction: `epsilon` or `v_prediction`; None: as the file says.
         clip_skip: take the text encoder's n-th layer from the end.
         ema: take the moving average of the weights where the file has it beside the last ones.
-        max_token_length: how many tokens of a caption are used: 75, 150 or 225.
+        max_token_length: how many tokens of a caption are used: 75, 150 or 225; None: all (see the family's class).
         weighted_captions: `(a:1.2)` and `[a]` in captions are weights.
         embeddings: what captions may name besides words; as wide as the text encoder.
 

@@ -50,7 +50,7 @@ def _whole(value: Any) -> int:
             raise ValueError
     except (TypeError, ValueError, OverflowError):
         raise ValueError("a whole number") from None
-    return int(number)
+    return int(value) if isinstance(value, int) or str(value).isdecimal() else int(number)  # no float holds every seed
 
 
 def _count(value: Any) -> int:

@@ -7,6 +7,7 @@ own generator on the CPU, and so does what some samplers draw while they run.
 import difflib
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from lorasmith.errors import UserError
-from lorasmith.models.base import Conditioning, LatentDiffusion
+from lorasmith.models.base import Conditioning, LatentDiffusion, ModelFacts
 
 # Timesteps and end points are as Stable Diffusion's own repositories and WebUI have them.
 _SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -41,6 +42,11 @@ _OTHER_NAMES = {
     "dpmsolver++": "dpm++", "plms": "pndm", "k_lms": "lms", "k_euler": "euler", "k_euler_a": "euler_a",
     "k_heun": "heun", "k_dpm_2": "dpm_2", "k_dpm_2_a": "dpm_2_a",
 }  # fmt: skip
+SIGMAS = {  # how noise is spread over the steps: diffusers' option for it
+    "normal": "", "karras": "use_karras_sigmas", "exponential": "use_exponential_sigmas", "beta": "use_beta_sigmas"
+}  # fmt: skip
+_WITH_SIGMAS = ("dpm++", "euler", "heun", "dpm_2", "dpmsolver", "dpmsingle", "unipc", "lms")
+NUM_TIMESTEPS = 1000
 _ALMOST_NO_SIGNAL = 2**-24  # of alpha_bar, as diffusers takes it where none would divide by 0
 
 
@@ -56,6 +62,19 @@ def sampler_named(name: str) -> str:
         hint = f"did you mean {near[0]}? " if near else ""
         raise UserError(f"there is no sampler named {name!r}; {hint}There are: {', '.join(_SAMPLERS)}.")
     return _OTHER_NAMES.get(plain, plain)
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What one picture is to show.
+
+    Args:
+        parts: conditionings of one prompt each, (1, ...), with their weights; several are composed (arXiv:2206.01714).
+        negative: what guidance leads away from, (1, ...); None: there is one part, which is drawn without guidance.
+    """
+
+    parts: Sequence[tuple[Conditioning, float]]
+    negative: Conditioning | None
 
 
 @torch.no_grad()
@@ -86,32 +105,74 @@ def generate(
         UserError: no such sampler, or a size or a number of steps that cannot be.
     """
     assert len(prompts) == len(seeds), f"{len(prompts)} prompts and {len(seeds)} seeds"
-    _check(model, size, steps)
-    sampler = sampler_named(sampler)
+    check_settings(model, size, steps, sampler)
     pictures: list[Image.Image] = []
     num_batches = -(-len(prompts) // batch_size)
     for number in range(num_batches):
         part = slice(number * batch_size, (number + 1) * batch_size)
-        cond = _conditioning(model, prompts[part], negative if guidance > 1 else None)
         tick = (
             (lambda share, number=number: progress(int((number + share) * steps), num_batches * steps))
             if progress
             else None
         )
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
-        noise, scheduler = _noise(model, generators, size), make_scheduler(model, sampler)
-        latents = _denoise(model, cond, noise, scheduler, steps, guidance, generators, tick)
-        pictures += [to_picture(model.decode(latent[None])[0]) for latent in latents]
+        wishes = _wishes(model, prompts[part], negative if guidance > 1 else None)
+        pictures += draw(
+            model, wishes, seeds=seeds[part], size=size, steps=steps, guidance=guidance, sampler=sampler, tick=tick
+        )
     return pictures
 
 
-def make_scheduler(model: LatentDiffusion, sampler: str) -> Any:
-    """Return the diffusers scheduler of that name for the model's betas and what it predicts."""
+@torch.no_grad()
+def draw(
+    model: LatentDiffusion,
+    wishes: Sequence[Wish],
+    *,
+    seeds: Sequence[int],
+    size: tuple[int, int],
+    steps: int,
+    guidance: float,
+    sampler: str,
+    sigmas: str = "normal",
+    rescale: float = 0.0,
+    tick: Callable[[float], None] | None = None,
+) -> list[Image.Image]:
+    """Draw pictures at once, one for each wish; settings as for `generate`, and as `check_settings` has checked.
+
+    Args:
+        seeds: one for each wish.
+        sigmas: one of `SIGMAS`.
+        rescale: share of the guided prediction that gets the conditional one's deviation back (arXiv:2305.08891).
+        tick: called with the share of the steps that are done.
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    noise, scheduler = _noise(model, generators, size), make_scheduler(model, sampler_named(sampler), sigmas)
+    scheduler.set_timesteps(steps, device=model.device)
+    latents = noise.to(model.device) * scheduler.init_noise_sigma
+    draws = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    rows = _rows(wishes)
+    for done, t in enumerate(scheduler.timesteps, start=1):
+        x_t = scheduler.scale_model_input(latents, t)
+        prediction = _predict(model, x_t, t, wishes, rows, guidance, rescale)
+        latents = scheduler.step(prediction, t, latents, **draws).prev_sample
+        if tick:
+            tick(done / len(scheduler.timesteps))
+    return [to_picture(model.decode(latent[None])[0]) for latent in latents]
+
+
+def make_scheduler(model: LatentDiffusion, sampler: str, sigmas: str = "normal") -> Any:
+    """Return the diffusers scheduler of that name for the model's betas and what it predicts.
+
+    Raises:
+        UserError: the sampler cannot have these sigmas, or a package is missing.
+    """
     import diffusers  # takes seconds, and a run's plan is printed without it
 
+    check_sigmas(sampler, sigmas)
     name, options = _SAMPLERS[sampler]
     kind = getattr(diffusers, name)
     schedule = model.schedule
+    if SIGMAS[sigmas]:
+        options = {**options, SIGMAS[sigmas]: True}
     if schedule.ends_in_noise:  # then drawing begins there (arXiv:2305.08891, section 3.3)
         options = {**options, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     known = inspect.signature(kind).parameters
@@ -123,7 +184,8 @@ def make_scheduler(model: LatentDiffusion, sampler: str) -> Any:
             **{name: value for name, value in options.items() if name in known},
         )
     except ImportError as error:
-        raise UserError(f"the sampler {sampler} needs the Python package scipy; install it with pip.") from error
+        what = f"the sampler {sampler}" + (f" with {sigmas} sigmas" if SIGMAS[sigmas] else "")
+        raise UserError(f"{what} needs the Python package scipy; install it with pip.") from error
     if schedule.ends_in_noise and "rescale_betas_zero_snr" not in known:
         scheduler.alphas_cumprod[-1] = _ALMOST_NO_SIGNAL
     return scheduler
@@ -135,25 +197,41 @@ def to_picture(pixels: Tensor) -> Image.Image:
     return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
 
 
-def _check(model: LatentDiffusion, size: tuple[int, int], steps: int) -> None:
+def check_settings(
+    model: LatentDiffusion | ModelFacts, size: tuple[int, int], steps: int, sampler: str, sigmas: str = "normal"
+) -> None:
+    """Check what pictures are to be drawn with, before or after the model is loaded.
+
+    Raises:
+        UserError: no such sampler, not with these sigmas, or a size or a number of steps that cannot be.
+    """
+    check_sigmas(sampler_named(sampler), sigmas)
     if any(side < 1 or side % model.latent_factor for side in size):
         raise UserError(
             f"pictures of {size[0]}x{size[1]} cannot be drawn; both sides must be multiples of {model.latent_factor}."
         )
-    if not 1 <= steps <= len(model.schedule.betas):
-        raise UserError(f"{steps} sampler steps; give 1 to {len(model.schedule.betas)}, commonly 20 to 50.")
+    if not 1 <= steps <= NUM_TIMESTEPS:
+        raise UserError(f"{steps} sampler steps; give 1 to {NUM_TIMESTEPS}, commonly 20 to 50.")
 
 
-def _conditioning(model: LatentDiffusion, prompts: Sequence[str], negative: str | None) -> Conditioning:
-    """Return the prompts' conditioning, (B, ...), with that of `negative` repeated in front of it: (2B, ...)."""
+def check_sigmas(sampler: str, sigmas: str) -> None:
+    """Check that a sampler, by our name, can have a schedule of sigmas.
+
+    Raises:
+        UserError: it cannot; tells those that can.
+    """
+    if sigmas != "normal" and sampler not in _WITH_SIGMAS:
+        raise UserError(f"the sampler {sampler} has no {sigmas} sigmas; these have: {', '.join(_WITH_SIGMAS)}.")
+
+
+def _wishes(model: LatentDiffusion, prompts: Sequence[str], negative: str | None) -> list[Wish]:
+    """Return what to draw for plain prompts, encoded together."""
     positive = model.encode_text(list(prompts))
-    if negative is None:
-        return positive
-    unconditional = model.encode_text([negative])
-    return {
-        name: torch.cat([unconditional[name].expand_as(value), value])  # (2B, ...)
-        for name, value in positive.items()
-    }
+    unconditional = None if negative is None else model.encode_text([negative])
+    return [
+        Wish([({name: value[number : number + 1] for name, value in positive.items()}, 1.0)], unconditional)
+        for number in range(len(prompts))
+    ]
 
 
 def _noise(model: LatentDiffusion, generators: Sequence[torch.Generator], size: tuple[int, int]) -> Tensor:
@@ -163,34 +241,55 @@ def _noise(model: LatentDiffusion, generators: Sequence[torch.Generator], size: 
     return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
 
-def _denoise(
+_NEGATIVE = -1
+_Row = tuple[int, int]  # picture, part of its wish or _NEGATIVE
+
+
+def _rows(wishes: Sequence[Wish]) -> list[tuple[list[_Row], Conditioning]]:
+    """Return what the model is asked in each step, in batches of conditionings of the same shapes, (n, ...).
+
+    None is padded to another one's length, so what else is in the batch has no part in a picture.
+    """
+    rows: list[tuple[_Row, Conditioning]] = [
+        ((number, _NEGATIVE), wish.negative) for number, wish in enumerate(wishes) if wish.negative is not None
+    ]
+    rows += [((number, part), cond) for number, wish in enumerate(wishes) for part, (cond, _) in enumerate(wish.parts)]
+    batches: dict[Any, list[tuple[_Row, Conditioning]]] = {}
+    for row, cond in rows:
+        batches.setdefault(tuple((name, value.shape) for name, value in cond.items()), []).append((row, cond))
+    return [
+        ([row for row, _ in own], {name: torch.cat([cond[name] for _, cond in own]) for name in own[0][1]})
+        for own in batches.values()
+    ]
+
+
+def _predict(
     model: LatentDiffusion,
-    cond: Conditioning,
-    noise: Tensor,
-    scheduler: Any,
-    steps: int,
+    x_t: Tensor,
+    t: Tensor,
+    wishes: Sequence[Wish],
+    rows: Sequence[tuple[list[_Row], Conditioning]],
     guidance: float,
-    generators: list[torch.Generator],
-    tick: Callable[[float], None] | None,
+    rescale: float,
 ) -> Tensor:
-    """Return clean latents (B, C, h, w), fp32, on the model's device."""
-    scheduler.set_timesteps(steps, device=model.device)
-    latents = noise.to(model.device) * scheduler.init_noise_sigma
-    draws = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
-    for done, t in enumerate(scheduler.timesteps, start=1):
-        x_t = scheduler.scale_model_input(latents, t)
-        latents = scheduler.step(_predict(model, x_t, t, cond, guidance), t, latents, **draws).prev_sample
-        if tick:
-            tick(done / len(scheduler.timesteps))
-    return latents
-
-
-def _predict(model: LatentDiffusion, x_t: Tensor, t: Tensor, cond: Conditioning, guidance: float) -> Tensor:
     """Return the guided prediction, (B, C, h, w), fp32."""
-    num_conditions = len(next(iter(cond.values())))
-    inputs = torch.cat([x_t] * (num_conditions // len(x_t)))
-    prediction = model(inputs, t.expand(num_conditions), cond).float()
-    if num_conditions == len(x_t):
-        return prediction
-    unconditional, conditional = prediction.chunk(2)
-    return unconditional + guidance * (conditional - unconditional)
+    found: dict[_Row, Tensor] = {}
+    for own, cond in rows:
+        prediction = model(x_t[[picture for picture, _ in own]], t.expand(len(own)), cond).float()
+        found.update(zip(own, prediction, strict=True))
+    return torch.stack([_guided(number, wish, found, guidance, rescale) for number, wish in enumerate(wishes)])
+
+
+def _guided(number: int, wish: Wish, found: dict[_Row, Tensor], guidance: float, rescale: float) -> Tensor:
+    """Return unconditional + guidance * sum of weight * (conditional - unconditional), (C, h, w)."""
+    if wish.negative is None:
+        return found[number, 0]
+    negative = found[number, _NEGATIVE]
+    changes = [weight * (found[number, part] - negative) for part, (_, weight) in enumerate(wish.parts)]
+    guided = negative + guidance * sum(changes[1:], changes[0])
+    if not rescale:
+        return guided
+    conditional = negative + sum(changes[1:], changes[0])
+    return (
+        rescale * guided * (conditional.std() / guided.std()) + (1 - rescale) * guided
+    )  # arXiv:2305.08891, (15), (16)

@@ -329,3 +329,22 @@ def test_clip_skip_beyond_the_layers_is_refused(files: dict[str, Path]) -> None:
 def test_a_folders_text_encoder_is_what_transformers_reads_from_it(tmp_path: Path) -> None:
     path = write_tiny(tmp_path / "folder", layout="diffusers")
     assert same_weights(load(path).text_encoder, CLIPTextModel.from_pretrained(path / "text_encoder"))
+
+
+def test_prompts_of_any_length_and_a_new_chunk_at_BREAK(files: dict[str, Path], models: dict[str, Any]) -> None:
+    """Chunks are what the encoder makes of each alone, with the first start and the last end; weights span them."""
+    model: Any = load(files["sd1"], max_token_length=None, weighted_captions=True)
+    longer: Any = load(files["sd1"], max_token_length=225, weighted_captions=True)
+    long = "a (red:1.2) cat and " * 50  # 200 tokens
+    with torch.no_grad():
+        assert model.encode_text(["a cat"])["text"].shape[1] == 77
+        torch.testing.assert_close(model.encode_text([long])["text"], longer.encode_text([long])["text"])
+        torch.testing.assert_close(
+            model.encode_text(["a cat", long])["text"], longer.encode_text(["a cat", long])["text"]
+        )
+        both = model.encode_text(["(a cat BREAK a dog:1.5) there BREAKS"])["text"]
+        first, second = (models["sd1"].encode_text([text])["text"] for text in ("a cat", "a dog there breaks"))
+    first[:, 1:3] *= 1.5
+    second[:, 1:3] *= 1.5
+    torch.testing.assert_close(both, torch.cat([first[:, :-1], second[:, 1:]], dim=1))
+    assert model.encode_text(["a cat " * 300])["text"].shape[1] == 8 * 75 + 2

@@ -8,6 +8,7 @@ describe a file.
 
 import json
 import math
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -42,6 +43,7 @@ _V_PREDICTION_NAMES = ("768-v", "v2-1_768", "768v")  # how the known SD2 files t
 _PREDICTIONS: dict[str, Prediction] = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
 _OTHER_INPUTS = {9: "an inpainting model", 5: "a depth model", 8: "an InstructPix2Pix model"}
 _NUM_SHOWN = 3
+_BREAK = re.compile(r"\bBREAK\b")  # in prompts, as WebUI has it
 
 
 class StableDiffusion(LatentDiffusion):
@@ -49,7 +51,8 @@ class StableDiffusion(LatentDiffusion):
 
     Args:
         clip_skip: which of the text encoder's layers from the end gives the conditioning; 1: the last.
-        max_token_length: 75, 150 or 225 tokens of a caption are used, in chunks of 75.
+        max_token_length: 75, 150 or 225 tokens of a caption are used, in chunks of 75; None: all, and the word BREAK
+            begins a new chunk.
         weighted_captions: `(a:1.2)` and `[a]` in captions are weights.
         embeddings: what captions may name besides words.
     """
@@ -69,7 +72,7 @@ class StableDiffusion(LatentDiffusion):
         vae: "AutoencoderKL",
         prediction: Prediction,
         clip_skip: int = 1,
-        max_token_length: int = tokenizer.CHUNK,
+        max_token_length: int | None = tokenizer.CHUNK,
         weighted_captions: bool = False,
         embeddings: Embeddings = NO_EMBEDDINGS,
     ) -> None:
@@ -78,13 +81,16 @@ class StableDiffusion(LatentDiffusion):
         self.denoiser, self.text_encoder, self.vae = denoiser, text_encoder, vae
         self.schedule = stable_diffusion_schedule(prediction)
         self._clip_skip = clip_skip
-        self._num_chunks, self._is_weighted = max_token_length // tokenizer.CHUNK, weighted_captions
+        self._num_chunks = None if max_token_length is None else max_token_length // tokenizer.CHUNK
+        self._is_weighted = weighted_captions
         self._embeddings = embeddings
         inputs = text_encoder.embeddings
         inputs.token_embedding = self._embeddings.extend(inputs.token_embedding)
 
     def encode_text(self, captions: list[str]) -> Conditioning:
-        """Return {"text": (B, 77, width)}, or 152 or 227 instead of 77; words that find no place are cut.
+        """Return {"text": (B, 77, width)}, or 152, 227 ... instead of 77; words that find no place are cut.
+
+        Without a limit the caption with the most chunks says how many the others get too.
 
         The text encoder sees chunks of 75 tokens, each with a start and an end of its own; of these only the first
         start and the last end are kept (sd-scripts, library/strategy_sd.py). Weights multiply its output.
@@ -93,7 +99,7 @@ class StableDiffusion(LatentDiffusion):
         states = self._encode(ids.flatten(0, 1))
         if self._is_weighted:
             states = states * factors.flatten(0, 1)[..., None].to(states.device, states.dtype)
-        states = states.unflatten(0, (len(captions), self._num_chunks))  # (B, n, 77, width)
+        states = states.unflatten(0, ids.shape[:2])  # (B, n, 77, width)
         inner = states[:, :, 1:-1].flatten(1, 2)
         return {"text": torch.cat([states[:, 0, :1], inner, states[:, -1, -1:]], dim=1)}
 
@@ -168,15 +174,27 @@ class StableDiffusion(LatentDiffusion):
 
         A pad token of the tokenizer's own would change how it reads captions.
         """
-        shape = (len(captions), self._num_chunks, tokenizer.NUM_POSITIONS)
+        filled = [self._chunks(caption) for caption in captions]
+        shape = (len(captions), max(map(len, filled)), tokenizer.NUM_POSITIONS)
         ids, factors = torch.full(shape, _PAD[self.family]), torch.ones(shape)
-        for row, caption in enumerate(captions):
-            filled, _ = tokenizer.chunks(_words(caption, self._is_weighted, self._embeddings), self._num_chunks)
-            for number, chunk in enumerate(filled):
+        ids[:, :, :2] = torch.tensor([tokenizer.START, tokenizer.END])  # of a chunk that one of them does not have
+        for row, chunks in enumerate(filled):
+            for number, chunk in enumerate(chunks):
                 line = [tokenizer.START, *(token for token, _ in chunk), tokenizer.END]
                 ids[row, number, : len(line)] = torch.tensor(line)
                 factors[row, number, 1 : len(line) - 1] = torch.tensor([factor for _, factor in chunk])
         return ids, factors
+
+    def _chunks(self, caption: str) -> list[list[tokenizer.Token]]:
+        """Return the chunks of at most 75 tokens that a caption is encoded in."""
+        if self._num_chunks is not None:
+            return tokenizer.chunks(_words(caption, self._is_weighted, self._embeddings), self._num_chunks)[0]
+        sections: list[list[tuple[str, float]]] = [[]]
+        for text, weight in weights(caption) if self._is_weighted else [(caption, 1.0)]:
+            first, *others = _BREAK.split(text)
+            sections[-1].append((first, weight))
+            sections += [[(other, weight)] for other in others]
+        return [chunk for own in sections for chunk in tokenizer.chunks(self._embeddings.words(own), None)[0]]
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, str]:
@@ -378,7 +396,7 @@ def load(
     prediction: str | None,
     clip_skip: int,
     ema: bool,
-    max_token_length: int,
+    max_token_length: int | None,
     weighted_captions: bool,
     embeddings: Embeddings,
 ) -> StableDiffusion:

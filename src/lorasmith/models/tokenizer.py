@@ -62,10 +62,10 @@ def words(pieces: Sequence[tuple[str, float]]) -> list[list[Token]]:
     return [word for word in found if word]
 
 
-def chunks(text: Sequence[Sequence[Token]], count: int) -> tuple[list[list[Token]], bool]:
+def chunks(text: Sequence[Sequence[Token]], count: int | None) -> tuple[list[list[Token]], bool]:
     """Return `count` chunks of at most 75 tokens, filled with whole words, and whether all words found their place.
 
-    A word that is longer than a chunk is cut; the last chunks may be empty.
+    A word that is longer than a chunk is cut; the last chunks may be empty. None: as many chunks as are needed.
     """
     filled: list[list[Token]] = [[]]
     for word in text:
@@ -74,6 +74,7 @@ def chunks(text: Sequence[Sequence[Token]], count: int) -> tuple[list[list[Token
             if len(filled[-1]) + len(piece) > CHUNK:
                 filled.append([])
             filled[-1] += piece
+    count = len(filled) if count is None else count
     return [*filled[:count], *([] for _ in range(count - len(filled)))], len(filled) <= count
 
 

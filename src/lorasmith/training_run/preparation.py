@@ -250,7 +250,7 @@ def choose_precision(name: str, device: torch.device) -> str:
         UserError: fp16 without a GPU.
     """
     if name == "fp16" and device.type == "cpu":
-        raise UserError("--precision fp16 needs a GPU, and training runs on the CPU here; use bf16 or fp32.")
+        raise UserError("--precision fp16 needs a GPU, and this runs on the CPU; use bf16 or fp32.")
     if name != "auto":
         return name
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"

@@ -1,0 +1,412 @@
+"""`lorasmith generate`: diffusers' own pictures, whatever is drawn beside them, and LoRAs as their definition says."""
+
+import copy
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from PIL import Image
+from torch import Tensor
+
+from lorasmith import model_families
+from lorasmith.adapters.lora import LoRA
+from lorasmith.checkpoint import file_sha256, open_checkpoint
+from lorasmith.cli import main
+from lorasmith.commands import generate
+from lorasmith.formats import kohya
+from lorasmith.metadata import model_hash
+from lorasmith.models import tokenizer
+from tests.tiny import build_tiny, write_tiny
+
+THEIR: Any = diffusers  # its names are not exported as a type checker wants it
+BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+DORA = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_q"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("models") / "mini.safetensors", resolution=64)
+
+
+def write_lora(path: Path, base: Path, *, seed: int = 1, kind: str = "lora") -> Path:
+    """Write a LoRA for an eighth of the model's targets that changes its pictures much; `dora`: one layer is one."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, Tensor] = {}
+    with open_checkpoint(base) as checkpoint:
+        shapes = model_families.target_shapes(checkpoint)
+    for name in [*sorted(shapes)[::8], DORA]:
+        shape = shapes[name]
+        adapter = LoRA(shape, 4, alpha=3)
+        for parameter in adapter.parameters():
+            torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+        tensors |= {f"{name}.{key}": value.detach() for key, value in adapter.state_dict().items()}
+    if kind == "dora":
+        tensors[f"{DORA}.dora_scale"] = torch.rand(shapes[DORA][0], 1, generator=generator) + 0.5
+    kohya.write(path, tensors, {"ss_network_dim": "4"})
+    return path
+
+
+@pytest.fixture(scope="module")
+def loras(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("loras")
+    return {
+        "robot": write_lora(folder / "robot.safetensors", base),
+        "style": write_lora(folder / "more" / "style.safetensors", base, seed=2, kind="dora"),
+    }
+
+
+@pytest.fixture
+def draw(base: Path, tmp_path: Path) -> Callable[..., list[Path]]:
+    """Run the command with a seed into a new folder, and return the pictures in their order."""
+    count = iter(range(1000))
+
+    def run(
+        *arguments: object, size: str = "64", steps: int = 3, output: Path | None = None, prompts: Path | None = None
+    ) -> list[Path]:
+        folder = output or tmp_path / f"out{next(count)}"
+        common = ["--base", base, "--output", folder, "--size", size, "--steps", steps, "--seed", 7, "--device", "cpu"]
+        assert (
+            main(
+                [
+                    "generate",
+                    *map(str, common),
+                    "--prompts" if prompts else "--prompt",
+                    *map(str, [prompts] if prompts else arguments),
+                ]
+            )
+            == 0
+        )
+        return sorted(folder.iterdir())
+
+    return run
+
+
+def pixels(path: Path) -> Any:
+    return np.asarray(Image.open(path).convert("RGB")).astype(int)
+
+
+def difference(one: Path, other: Path) -> int:
+    """Largest difference in grey levels."""
+    return int(np.abs(pixels(one) - pixels(other)).max())
+
+
+def is_same(one: Path, other: Path) -> bool:
+    return bool((pixels(one) == pixels(other)).all())
+
+
+def text_of(path: Path) -> str:
+    """What the picture's file says of itself, as WebUI reads it."""
+    picture = Image.open(path)
+    if path.suffix == ".png":
+        return str(picture.info["parameters"])
+    comment = picture.getexif().get_ifd(0x8769)[0x9286]
+    assert comment[:8] == b"UNICODE\0"
+    return bytes(comment[8:]).decode("utf-16-be")
+
+
+def parsed(text: str) -> dict[str, str]:
+    """WebUI's way to read it (modules/infotext_utils.py, parse_generation_parameters), without its repairs."""
+    *lines, last = text.strip().split("\n")
+    found, negative = {"Prompt": "", "Negative prompt": ""}, False
+    for line in lines:
+        if line.startswith("Negative prompt:"):
+            negative, line = True, line[len("Negative prompt:") :]
+        name = "Negative prompt" if negative else "Prompt"
+        found[name] = (found[name] + "\n" + line.strip()).strip()
+    for name, value in re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', last):
+        found[name] = json.loads(value) if value.startswith('"') else value
+    return found
+
+
+# --- what is drawn ----------------------------------------------------------------------------------------------------
+
+THEIRS: dict[str, tuple[list[str], Any]] = {
+    "ddim": (
+        ["--sampler", "ddim"],
+        THEIR.DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+    ),
+    "euler": (["--sampler", "euler"], THEIR.EulerDiscreteScheduler(**BETAS)),
+    "euler_a": (["--sampler", "k_euler_a"], THEIR.EulerAncestralDiscreteScheduler(**BETAS)),
+    "heun": (["--sampler", "heun"], THEIR.HeunDiscreteScheduler(**BETAS)),
+    "pndm": (
+        ["--sampler", "pndm"],
+        THEIR.PNDMScheduler(**BETAS, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1),
+    ),
+    "unipc": (["--sampler", "unipc"], THEIR.UniPCMultistepScheduler(**BETAS)),
+    "dpm++": ([], THEIR.DPMSolverMultistepScheduler(**BETAS)),
+    "karras": (["--sigmas", "karras"], THEIR.DPMSolverMultistepScheduler(**BETAS, use_karras_sigmas=True)),
+    "exponential": (
+        ["--sampler", "euler", "--sigmas", "exponential"],
+        THEIR.EulerDiscreteScheduler(**BETAS, use_exponential_sigmas=True),
+    ),
+    "rescaled": (
+        ["--guidance-rescale", "0.7"],
+        THEIR.DPMSolverMultistepScheduler(**BETAS),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_the_same_picture_as_diffusers_own_pipeline(name: str, draw: Callable[..., list[Path]]) -> None:
+    unet, vae, text = build_tiny(resolution=64)
+    options, scheduler = THEIRS[name]
+    words = copy.deepcopy(tokenizer.build())
+    words.model_max_length, words.pad_token = 77, "<|endoftext|>"
+    make: Any = StableDiffusionPipeline
+    pipeline = make(
+        vae=vae, unet=unet, text_encoder=text, tokenizer=words, scheduler=scheduler, safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(
+        "a photo of a cat", negative_prompt="blurred", width=72, height=64, num_inference_steps=4, guidance_scale=5.0,
+        generator=torch.Generator().manual_seed(7), guidance_rescale=0.7 if name == "rescaled" else 0.0,
+    ).images[0]  # fmt: skip
+    [ours] = draw("a photo of a cat", "--negative", "blurred", "--guidance", 5, *options, size="72,64", steps=4)
+    assert np.abs(pixels(ours) - np.asarray(theirs).astype(int)).max() <= 1
+    assert pixels(ours).std() > 5
+
+
+def test_a_picture_depends_on_its_seed_and_not_on_its_company(draw: Callable[..., list[Path]]) -> None:
+    """Ancestral sampling, which draws while it runs; a batch computes in another order, so 1 grey level is allowed."""
+    common = ("--sampler", "euler_a", "--images", 3)
+    one_by_one = draw("a cat", "a longer prompt of a dog", *common)
+    together = draw("a cat", "a longer prompt of a dog", *common, "--batch-size", 4)
+    [alone] = draw("a longer prompt of a dog --d 9", "--sampler", "euler_a")
+    assert len(one_by_one) == len(together) == 6
+    assert max(map(difference, one_by_one, together)) <= 1
+    assert is_same(alone, one_by_one[5])
+    assert not is_same(one_by_one[4], one_by_one[5])
+
+
+def test_texts_of_any_length_are_drawn_together_as_alone(draw: Callable[..., list[Path]]) -> None:
+    long = "a photo of a cat with very many words " * 12
+    pictures = draw("a cat", long, "a BREAK cat", "--negative", "bad", "--batch-size", 3)
+    for prompt, picture in zip(["a cat", long, "a BREAK cat"], pictures, strict=True):
+        assert difference(draw(prompt, "--negative", "bad")[0], picture) <= 1
+    assert not is_same(pictures[0], pictures[2])
+    assert difference(draw(long + "and a dog", "--negative", "bad")[0], pictures[1]) > 0
+
+
+def test_prompts_that_AND_joins_are_summed_with_their_weights(draw: Callable[..., list[Path]]) -> None:
+    cat, dog, both, halves, only = draw(
+        "a cat", "a dog", "a cat AND a dog", "a cat :0.5 AND a cat :0.5", "a cat AND a dog :0", "--batch-size", 5
+    )
+    assert difference(cat, halves) <= 1 and difference(cat, only) <= 1
+    assert difference(both, cat) > 1 and difference(both, dog) > 1
+
+
+def test_options_of_a_prompt_and_a_file_of_prompts(draw: Callable[..., list[Path]], tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a cat --n bad --w 72 --h 56 --d 5 --s 2 --l 3 --ss euler\n# no prompt\na dog\n")
+    first, second = draw(prompts=file)
+    facts = parsed(text_of(first))
+    assert facts["Prompt"] == "a cat" and facts["Negative prompt"] == "bad"
+    assert [facts[name] for name in ("Steps", "Sampler", "CFG scale", "Seed", "Size")] == [
+        "2", "Euler", "3", "5", "72x56"
+    ]  # fmt: skip
+    assert Image.open(first).size == (72, 56) and Image.open(second).size == (64, 64)
+    assert is_same(first, draw("a cat", "--negative", "bad", "--sampler", "euler", "--guidance", 3, "--seed", 5,
+                               size="72,56", steps=2)[0])  # fmt: skip
+
+
+def test_variants_of_a_prompt(draw: Callable[..., list[Path]]) -> None:
+    def shown(found: list[Path]) -> list[str]:
+        return [parsed(text_of(path))["Prompt"] for path in found]
+
+    every = draw("a {red|blue} {cat|dog}", "--all-variants")
+    assert shown(every) == ["a red cat", "a red dog", "a blue cat", "a blue dog"]
+    assert {parsed(text_of(path))["Seed"] for path in every} == {"7"}
+    some = draw("a {red|blue|green|black} cat", "--images", 12, steps=1)
+    assert len(set(shown(some))) > 1
+    assert shown(draw("a {red|blue|green|black} cat --d 10", steps=1)) == shown(some)[3:4]
+
+
+def test_a_random_seed_is_told_and_draws_the_same_again(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(name: str, *options: str) -> Path:
+        command = ["generate", "a cat", "--base", str(base), "--output", str(tmp_path / name), "--steps", "1"]
+        assert main([*command, *options]) == 0
+        return next((tmp_path / name).iterdir())
+
+    first = run("first")
+    told = re.search(r"^seed (\d+), a random one", capsys.readouterr().out, re.MULTILINE)
+    assert told and parsed(text_of(first))["Seed"] == told[1]
+    assert is_same(first, run("again", "--seed", told[1]))
+    assert not is_same(first, run("other"))
+
+
+# --- LoRAs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("names", [["robot"], ["style"], ["robot", "style"]])
+def test_attached_folded_and_merged_into_the_model_are_the_same(
+    names: list[str], draw: Callable[..., list[Path]], loras: dict[str, Path], base: Path, tmp_path: Path
+) -> None:
+    """Strengths of U-Net and text encoder apart; the merged model is made by `lorasmith merge`."""
+    files = ["--lora", *(loras[name] for name in names)]
+    unet, text = ["0.8", "-0.5"][: len(names)], ["0.3", "0.6"][: len(names)]
+    strengths = ["--unet-strength", *unet, "--text-encoder-strength", *text]
+    [attached] = draw("a cat", *files, *strengths)
+    [folded] = draw("a cat", *files, *strengths, "--fold")
+    merged = tmp_path / "merged.safetensors"
+    ratios = ["--unet-ratio", *unet, "--text-encoder-ratio", *text]
+    assert main(["merge", "--model", str(base), *map(str, files), *ratios, "--output", str(merged)]) == 0
+    [of_merged] = draw("a cat", "--base", merged)
+    assert difference(attached, folded) <= 1 and difference(folded, of_merged) <= 1
+    assert difference(attached, draw("a cat")[0]) > 5
+    assert difference(attached, draw("a cat", *files)[0]) > 5
+
+
+@pytest.mark.parametrize("fold", [[], ["--fold"]])
+def test_each_prompt_has_its_own_loras(
+    fold: list[str], draw: Callable[..., list[Path]], loras: dict[str, Path]
+) -> None:
+    """Afterwards the base model is what it was: its pictures are the same to the byte."""
+    folder = ["--lora-folder", loras["robot"].parent, *fold]
+    prompts = ["a cat", "a cat <lora:robot:0.8>", "a cat", "a <lora:style:0.5:1>cat <lora:robot>", "a cat"]
+    pictures = draw(*prompts, *folder, "--batch-size", 2)
+    assert is_same(pictures[0], pictures[2]) and is_same(pictures[0], pictures[4])
+    assert is_same(pictures[0], draw("a cat")[0])
+    assert difference(pictures[1], draw("a cat", "--lora", loras["robot"], "--strength", 0.8, *fold)[0]) <= 1
+    both = ["--lora", loras["style"], loras["robot"], "--text-encoder-strength", 0.5, 1, *fold]
+    assert difference(pictures[3], draw("a cat", *both)[0]) <= 1
+    assert parsed(text_of(pictures[3]))["Prompt"] == "a cat <lora:style:0.5:1> <lora:robot:1>"
+
+
+def test_a_prompt_says_otherwise_of_a_lora_that_is_given(
+    draw: Callable[..., list[Path]], loras: dict[str, Path]
+) -> None:
+    given = ["--lora", loras["robot"], "--strength", 0.5]
+    off, stronger, as_given = draw("a cat <lora:robot:0>", "a cat <lora:robot:0.9>", "a cat", *given)
+    assert is_same(off, draw("a cat")[0])
+    assert is_same(stronger, draw("a cat", "--lora", loras["robot"], "--strength", 0.9)[0])
+    assert is_same(as_given, draw("a cat", *given)[0]) and not is_same(as_given, stronger)
+
+
+# --- what is written --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form, suffix", [("png", ".png"), ("webp", ".webp"), ("jpeg", ".jpg")])
+def test_what_a_picture_was_drawn_from_is_in_its_file(
+    form: str, suffix: str, draw: Callable[..., list[Path]], base: Path, loras: dict[str, Path]
+) -> None:
+    prompt = "ein Kätzchen 猫, (red:1.2)\nwith: a second line"
+    [picture] = draw(
+        prompt, "--negative", 'bad, "worse"', "--lora", loras["robot"], "--strength", 0.5, "--form", form,
+        "--sigmas", "karras", "--clip-skip", 2,
+    )  # fmt: skip
+    assert picture.suffix == suffix
+    assert parsed(text_of(picture)) == {
+        "Prompt": f"{prompt} <lora:robot:0.5>",
+        "Negative prompt": 'bad, "worse"',
+        "Steps": "3", "Sampler": "DPM++ 2M", "Schedule type": "Karras", "CFG scale": "7.5", "Seed": "7",
+        "Size": "64x64", "Model hash": file_sha256(base)[:10], "Model": "mini", "Clip skip": "2",
+        "Lora hashes": f"robot: {model_hash(loras['robot'].read_bytes())[:12]}",
+        "Version": parsed(text_of(picture))["Version"],
+    }  # fmt: skip
+
+
+def test_names_count_on_and_nothing_is_replaced(draw: Callable[..., list[Path]], tmp_path: Path) -> None:
+    folder = tmp_path / "kept"
+    draw("a cat", "--images", 2, output=folder, steps=1)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert sorted(before) == ["00001-7.png", "00002-8.png"]
+    draw("a cat", output=folder, steps=1)
+    draw("a/b: <cat>", "--name", "{prompt} {width} {sampler}", output=folder, steps=1)
+    draw("a/b: <cat>", "--name", "{prompt} {width} {sampler}", output=folder, steps=1)
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["00001-7.png", "00002-8.png", "00003-7.png", "a b cat 64 dpm++-2.png", "a b cat 64 dpm++.png"]
+    assert before.items() <= {path.name: path.read_bytes() for path in folder.iterdir()}.items()
+
+
+@pytest.mark.parametrize(
+    "ending, code, said",
+    [
+        (KeyboardInterrupt(), 130, r"stopped by Ctrl\+C"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 2, "--batch-size than 2; --precision bf16.*smaller --size"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 2, "cpu has too little memory"),
+    ],
+)
+def test_what_was_drawn_before_the_end_is_there_and_whole(
+    ending: BaseException, code: int, said: str, base: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    real, calls = generate.draw, []
+
+    def once(*args: Any, **settings: Any) -> Any:
+        calls.append(settings["seeds"])
+        if len(calls) == 2:
+            raise ending
+        return real(*args, **settings)
+
+    monkeypatch.setattr(generate, "draw", once)
+    options = ["--images", "4", "--batch-size", "2", "--steps", "1", "--seed", "1", "--precision", "fp32"]
+    command = ["generate", "a cat", "--base", str(base), "--output", str(tmp_path / "out"), *options]
+    assert main([*command, "--device", "cpu"]) == code
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["00001-1.png", "00002-2.png"]
+    assert all(pixels(path).shape == (64, 64, 3) for path in (tmp_path / "out").iterdir())
+    assert re.search(said, capsys.readouterr().err)
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["a cat"], "missing: --base"),
+        (["a cat", "--base", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["--base", "BASE"], "missing: what to draw"),
+        (["a cat", "--base", "BASE", "--prompts", "x.txt"], "prompt and prompts both say what to draw"),
+        (["--base", "BASE", "--prompts", "x.md"], r"expected a file that ends in .txt, .toml or .json"),
+        (["a cat", "--base", "BASE", "--sampler", "eular"], "no sampler named 'eular'; did you mean euler"),
+        (["a cat --ss eular", "--base", "BASE"], "no sampler named 'eular'; did you mean euler"),
+        (["a cat", "--base", "BASE", "--sampler", "ddim", "--sigmas", "karras"], "ddim has no karras sigmas; .*dpm"),
+        (["a cat", "--base", "BASE", "--size", "60"], "60 is not a multiple of 8"),
+        (["a cat --w 60", "--base", "BASE"], "--w 60: expected a multiple of 8"),
+        (["a cat --q 1", "--base", "BASE"], "there is no option --q"),
+        (["a cat --d 100000000000000000000", "--base", "BASE"], "seed 100000000000000000000 is too large"),
+        (["a cat", "--base", "BASE", "--lora", "gone.safetensors"], "gone.safetensors"),
+        (["a cat", "--base", "BASE", "--lora", "ROBOT", "--strength", "1", "2"], "strength is given 2 times for 1"),
+        (["a <lora:robbot>", "--base", "BASE", "--lora", "ROBOT"], "<lora:robbot>.*did you mean robot"),
+        (["a <lora:x>", "--base", "BASE"], "<lora:x>: there is no LoRA of that name; .*give --lora-folder"),
+        (["a <lora:robot:much>", "--base", "BASE", "--lora", "ROBOT"], "<lora:robot:much>: expected"),
+        (["a <lora:robot><lora:robot>", "--base", "BASE", "--lora", "ROBOT"], "names <lora:robot> twice"),
+        (["a cat", "--base", "BASE", "--lora-folder", "gone"], "--lora-folder gone: there is no such folder"),
+        (["a cat", "--base", "BASE", "--lora", "SD2"], "is a LoRA for SD 2.x, and the model is SD 1.x"),
+        (["{3$$a|b}", "--base", "BASE"], "asks for 3 of 2 variants"),
+        (["{a|b}" * 14, "--base", "BASE", "--all-variants"], "more than 10,000 variants"),
+        (["a cat", "--base", "BASE", "--name", "{numbr}"], r"no field \{numbr\}; there are \{number\}"),
+        (["a cat", "--base", "BASE", "--output", "ROBOT"], "is a file; give a folder"),
+        (["a cat", "--base", "BASE", "--device", "tpu"], "--device tpu: not here"),
+    ],
+)
+def test_mistakes_are_told_before_the_model_is_loaded(
+    arguments: list[str], said: str, base: Path, loras: dict[str, Path], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def load(*args: object, **options: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(model_families, "load", load)
+    monkeypatch.chdir(tmp_path)
+    other = tmp_path / "other.safetensors"
+    key = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+    kohya.write(other, {
+        f"{key}.lora_down.weight": torch.ones(4, 1024), f"{key}.lora_up.weight": torch.ones(320, 4),
+        f"{key}.alpha": torch.tensor(4.0),
+    }, {"ss_v2": "True"})  # fmt: skip
+    places = {"BASE": str(base), "ROBOT": str(loras["robot"]), "SD2": str(other)}
+    assert main(["generate", *(places.get(word, word) for word in arguments)]) == 2
+    error = capsys.readouterr().err
+    assert re.search(said, error) and "Traceback" not in error
+    assert not (tmp_path / "pictures").exists()
