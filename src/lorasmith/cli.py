@@ -10,6 +10,7 @@ import errno
 import importlib
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -228,9 +229,14 @@ class _Formatter(argparse.HelpFormatter):
         return f"{flag} {self._format_args(action, action.dest)}"
 
 
+_BELOW_ZERO = re.compile(r"-[.\d][-+.\deE,]*", re.ASCII)
+
+
 def _parse(parser: argparse.ArgumentParser, command: type[Section], arguments: Sequence[str]) -> argparse.Namespace:
+    # argparse would take -1,0.5 and -1e-3 for options, but nothing that has a space in it; numbers may have one.
+    words = [f" {word}" if _BELOW_ZERO.fullmatch(word) else word for word in arguments]
     try:
-        given, unknown = parser.parse_known_args(arguments)
+        given, unknown = parser.parse_known_args(words)
     except argparse.ArgumentError as error:
         name = (error.argument_name or "").partition("/")[0]
         raise UserError(f"{name}: {error.message}; `{parser.prog} --help` says what it takes.") from error

@@ -300,6 +300,20 @@ def test_block_weights_multiply_the_ratio(
     assert f"{len(applied)} layers applied, {264 - len(applied)} ignored, 0 unknown" in capsys.readouterr().out
 
 
+def test_numbers_below_zero_are_no_options_in_lists_and_in_e_notation(
+    models: Any, loras: dict[str, Path], tmp_path: Path
+) -> None:
+    model, output = models["sd1", "safetensors"], tmp_path / "out.safetensors"
+    other = write_lora(tmp_path / "other.safetensors", model, seed=2)
+    options = ("--ratio", "-5e-1", "1", "--block-weights", "-1" + ",1" * 16, "-.5" + ",0" * 16)
+    assert merge(model, loras["sd1"], other, output=output, options=options) == 0
+    is_text = {name: block_of(name) == "BASE" for name in shapes_of(model)}
+    first = {name: 0.5 if is_text[name] else -0.5 for name in is_text}
+    second = {name: -0.5 for name in is_text if is_text[name]}
+    wanted = expected(model, "safetensors", "sd1", (loras["sd1"], first), (other, second))
+    assert assert_merged(tensors_of(output), wanted, tensors_of(model)) == len(first)
+
+
 def test_a_lora_of_the_u_net_alone_leaves_the_text_encoder(models: Any, loras: dict[str, Path], tmp_path: Path) -> None:
     model, output = models["sd1", "safetensors"], tmp_path / "out.safetensors"
     assert merge(model, loras["unet"], loras["sd1"], output=output, options=("--text-encoder-ratio", "1", "0")) == 0
