@@ -152,6 +152,7 @@ def prepare(
             f"{checkpoint.path} does not say what it predicts; give --prediction v_prediction (the 768 models of SD "
             "2.x) or --prediction epsilon (its 512 base models)."
         )
+    own = model_families.describe(checkpoint).prediction
     metadata = {name: text for name, text in checkpoint.metadata.items() if name not in _OWN_METADATA}
     if is_copy:
         files, notes, unknown = {"": _as_it_is(checkpoint)}, _kept(checkpoint), []
@@ -166,6 +167,8 @@ def prepare(
     if hashes := [name for name in metadata if "hash" in name]:
         metadata = {name: text for name, text in metadata.items() if name not in hashes}
         notes.append(f"left out, hashes of the old file in its metadata: {', '.join(hashes)}.")
+    if facts.prediction != own:
+        notes.append(f"by itself it would be taken for a model that predicts {own}; --prediction says otherwise.")
     if output.suffix.lower() in TORCH_SUFFIXES:
         notes.append(_NO_HEADER)
     files = {file: {name: _narrowed(name, own, precision) for name, own in of.items()} for file, of in files.items()}

@@ -358,6 +358,17 @@ def test_what_it_predicts_may_be_said(tmp_path: Path) -> None:
     assert main([*command, "--overwrite"]) == 0
 
 
+@pytest.mark.parametrize("said", ["epsilon", "v_prediction"])
+def test_a_prediction_that_is_not_the_models_own_is_told(
+    said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_tiny(tmp_path / "a.safetensors", "sd2", prediction="v_prediction")
+    command = ["convert", str(path), "--to", "diffusers", "--prediction", said, "--output", str(tmp_path / "b")]
+    assert main(command) == 0
+    told = "would be taken for a model that predicts v_prediction; --prediction says otherwise"
+    assert (told in capsys.readouterr().out) == (said == "epsilon")
+
+
 def _file(path: Path) -> Path:
     path.touch()
     return path
