@@ -17,7 +17,7 @@ from torch import Tensor
 from lorasmith.adapters.lora import LoRA
 from lorasmith.errors import UserError
 from lorasmith.formats import kohya
-from lorasmith.formats.dialects import AnyLora, kind_of
+from lorasmith.formats.dialects import FAMILIES, AnyLora, kind_of
 from lorasmith.lowrank import Factors, decompose
 from lorasmith.models.keys import sd as keys
 from lorasmith.network import PARTS, group_by_module, part_of, recognise
@@ -116,7 +116,9 @@ def contents_of(file: AnyLora) -> Contents:
         UserError: it is for another model family, a change depends on the model's weights, or it is damaged.
     """
     if file.family not in ("sd1", "sd2", "unknown"):
-        raise UserError(f"{file.path} is a LoRA for {file.family}; expected is one for Stable Diffusion 1.x or 2.x.")
+        raise UserError(
+            f"{file.path} is a LoRA for {FAMILIES[file.family]}; expected is one for Stable Diffusion 1.x or 2.x."
+        )
     tensors_by_layer = dict(sorted(file.layers().items()))
     kinds = Counter(str(kind_of(own)) for own in tensors_by_layer.values())
     needy = [name for name, own in tensors_by_layer.items() if kind_of(own) in _NEED_BASE or "dora_scale" in own]

@@ -23,13 +23,12 @@ from lorasmith.adapters.lora import LoRA
 from lorasmith.checkpoint import Checkpoint
 from lorasmith.errors import UserError
 from lorasmith.formats import kohya
-from lorasmith.formats.dialects import AnyLora, kind_of, read_any
+from lorasmith.formats.dialects import FAMILIES, AnyLora, kind_of, read_any
 from lorasmith.model_families import AdapterPlace
 from lorasmith.models.base import LatentDiffusion
 from lorasmith.network import part_of, recognise
 
 PRECISIONS = kohya.PRECISIONS
-_FAMILIES = {"sd1": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL", "sd3": "SD3", "flux": "FLUX", "another": "another kind"}
 _NUM_SHOWN = 3
 _ROWS = 256  # of a weight that are added at once
 
@@ -102,10 +101,10 @@ def plan(path: Path, family: str, places: Mapping[str, AdapterPlace], strength: 
         UserError: it is for another family, does not fit, holds NaN or infinity, or changes nothing.
     """
     file = read_any(path)
-    if file.family in _FAMILIES and file.family != family:
+    if file.family not in ("unknown", family):
         raise UserError(
-            f"{path} is a LoRA for {_FAMILIES[file.family]}, and the model is {_FAMILIES[family]}: their layers differ "
-            "in width. Give a LoRA that was trained for the model's family."
+            f"{path} is a LoRA for {FAMILIES[file.family]}, and the model is {FAMILIES[family]}, which has other "
+            "layers. Give a LoRA that was trained for the model's family."
         )
     if broken := [name for name, tensor in file.tensors.items() if not torch.isfinite(tensor.float()).all()]:
         raise UserError(

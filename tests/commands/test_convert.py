@@ -199,14 +199,15 @@ def test_mistakes(tmp_path: Path, lora: Path, capsys: pytest.CaptureFixture[str]
     factors = SOME["lora_unet_mid_block_attentions_0_proj_in"]
     two = {f"{part}.x.lora_{half}.weight": torch.ones(2, 2) for part in ("unet", "text_encoder_2") for half in "AB"}
     writers.save(tmp_path / "sdxl.safetensors", two)
-    assert "for sdxl" in mistake(tmp_path, capsys, str(tmp_path / "sdxl.safetensors"), "--output", other)
+    assert "for SDXL;" in mistake(tmp_path, capsys, str(tmp_path / "sdxl.safetensors"), "--output", other)
     writers.kohya(tmp_path / "te2.safetensors", {"lora_te2_x": factors})
     told = mistake(tmp_path, capsys, str(tmp_path / "te2.safetensors"), "--to", "diffusers", "--output", other)
     assert "names in sd-scripts' form are mended" in told
-    assert "for flux" in mistake(tmp_path, capsys, str(tmp_path / "g.safetensors"), "--output", other)
+    assert "for FLUX;" in mistake(tmp_path, capsys, str(tmp_path / "g.safetensors"), "--output", other)
     broken = {name: {tail: tensor * float("nan") for tail, tensor in own.items()} for name, own in SOME.items()}
     writers.kohya(tmp_path / "h.safetensors", broken)
-    assert "NaN" in mistake(tmp_path, capsys, str(tmp_path / "h.safetensors"), "--output", other)
+    told = mistake(tmp_path, capsys, str(tmp_path / "h.safetensors"), "--output", other)
+    assert "holds NaN" in told and "lorasmith train --learning-rate" in told  # convert has no such option
     large = {name: {**own, "alpha": torch.tensor(1e5)} for name, own in SOME.items()}
     writers.kohya(tmp_path / "i.safetensors", large)
     told = mistake(tmp_path, capsys, str(tmp_path / "i.safetensors"), "--to", "diffusers", "--output", other)

@@ -100,7 +100,7 @@ def test_page_picture_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str
     outputs = ["--picture", str(tmp_path / "a.png"), "--json", str(tmp_path / "a.json")]
     assert main(["inspect", str(path), *outputs]) == 0
     page = capsys.readouterr().out
-    assert "LoRA for sd1" in page and "\x1b" not in page
+    assert "LoRA for SD 1.x;" in page and "\x1b" not in page
     assert Image.open(tmp_path / "a.png").size > (500, 200)
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["family"] == "sd1"
     assert main(["inspect", str(path), *outputs]) == 2

@@ -16,7 +16,7 @@ from lorasmith.command_line import harmless
 from lorasmith.config import ConvertConfig
 from lorasmith.errors import UserError
 from lorasmith.formats import conversion
-from lorasmith.formats.dialects import DIALECTS, AnyLora, kind_of, read_any
+from lorasmith.formats.dialects import DIALECTS, FAMILIES, AnyLora, kind_of, read_any
 
 
 def run(cfg: ConvertConfig) -> int:
@@ -86,8 +86,10 @@ def _checked_output(output: Path, to: str, *, overwrite: bool) -> Path:
 def _about(lora: AnyLora) -> str:
     kinds = Counter(str(kind_of(own)) for own in lora.layers().values())
     told = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
-    family = "of a family that nothing in it tells" if lora.family == "unknown" else f"for {lora.family}"
-    return f"{'read':<16}{', '.join(map(str, lora.files))}: {DIALECTS[lora.dialect]}, {family}; layers: {told}"
+    return (
+        f"{'read':<16}{', '.join(map(str, lora.files))}: {DIALECTS[lora.dialect]}, for {FAMILIES[lora.family]}; "
+        f"layers: {told}"
+    )
 
 
 def _told(lora: AnyLora, ready: conversion.Conversion) -> list[str]:

@@ -24,7 +24,7 @@ from lorasmith.command_line import harmless, quoted
 from lorasmith.config import InspectConfig
 from lorasmith.errors import UserError
 from lorasmith.formats import clients, kohya
-from lorasmith.formats.dialects import DIALECTS, AnyLora, holds_lora, kind_of, read_any
+from lorasmith.formats.dialects import DIALECTS, FAMILIES, AnyLora, holds_lora, kind_of, read_any
 from lorasmith.models.keys import sd as keys
 from lorasmith.network import recognise
 from lorasmith.report import draw_norms, norms_by_block
@@ -424,7 +424,7 @@ def _lora_page(facts: Mapping[str, Any]) -> list[str]:
     ]
     lines = [
         _line("file", facts["file"]),
-        _line("what", f"LoRA for {facts['family']}; names: {facts['form']}"),
+        _line("what", f"LoRA for {FAMILIES[facts['family']]}; names: {facts['form']}"),
         _line("layers", f"{kinds}; {', '.join(parts)}"),
         _line("rank", _span(facts["rank"])),
         _line("alpha", _span(facts["alpha"]) if facts["alpha"] else "not in the file: as the rank"),

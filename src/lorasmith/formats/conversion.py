@@ -17,7 +17,7 @@ from torch import Tensor
 from lorasmith.checkpoint import write_safetensors, write_torch
 from lorasmith.errors import UserError
 from lorasmith.formats import cloneofsimo, kohya, peft
-from lorasmith.formats.dialects import AnyLora, header_layout, kind_of, read_any
+from lorasmith.formats.dialects import FAMILIES, AnyLora, header_layout, kind_of, read_any
 from lorasmith.metadata import fit
 from lorasmith.models.keys import sd as keys
 
@@ -118,7 +118,7 @@ def _check_family(lora: AnyLora, to: str) -> None:
         return
     more = " (for SDXL, names in sd-scripts' form are mended, --to kohya)" if lora.family == "sdxl" else ""
     raise UserError(
-        f"{lora.path} is a LoRA for {lora.family if lora.family != 'another' else 'another model family'}; "
+        f"{lora.path} is a LoRA for {FAMILIES[lora.family]}; "
         f"convert knows the names of Stable Diffusion 1.x and 2.x only{more}."
     )
 

@@ -21,6 +21,10 @@ from lorasmith.formats import cloneofsimo, peft
 from lorasmith.formats.kohya import mend, recognise_family
 from lorasmith.models.keys import sd as keys
 
+FAMILIES = {
+    "sd1": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL", "sd3": "SD 3", "flux": "FLUX", "another": "another model family",
+    "unknown": "a family that nothing in it tells",
+}  # fmt: skip
 DIALECTS = {
     "kohya": "sd-scripts (kohya)",
     "ldm": "sd-scripts' form, with LDM's names for the U-Net",
@@ -140,7 +144,7 @@ class AnyLora:
 
     Args:
         dialect: a name of `DIALECTS`.
-        family: `sd1`, `sd2`, `sdxl`, `sd3`, `flux`, or `unknown` where nothing tells (miniatures).
+        family: a name of `FAMILIES`; `unknown` where nothing tells (miniatures).
         tensors: by `layer.tail`.
         names: how each of `tensors` is called in the file.
         extras: what in the file belongs to no layer: key -> what it is.

@@ -211,8 +211,8 @@ def _convert_one(name: str, tensor: Tensor, precision: str) -> Tensor:
     wide = tensor.detach().to("cpu", torch.float32)
     if not torch.isfinite(wide).all():
         raise UserError(
-            f"{name} holds NaN or infinity, so nothing was saved: training has broken down. "
-            "Go back to an earlier save, and try a lower learning rate (--learning-rate)."
+            f"{name} holds NaN or infinity, so nothing was saved: its training has broken down. Go back to an earlier "
+            "save, or train again at a lower learning rate (`lorasmith train --learning-rate`)."
         )
     narrow = wide.to(PRECISIONS[precision])
     if wide.dim() == 0:  # alpha: never rounded
