@@ -122,7 +122,7 @@ def test_help_shows_the_words_that_need_no_option(words: Spy, capsys: pytest.Cap
 
 _VALUES = {
     "integer": "8", "number": "0.5", "text": "x", "path": "a/b", "list": "x", "size": "448,640", "range": "2,4",
-    "color": "#ff8000", "max_token_length": "150",
+    "color": "#ff8000", "numbers": "1 " * 25, "max_token_length": "150", "lr_table": "1:5,0.1", "trackers": "wandb",
 }  # fmt: skip
 
 
@@ -132,7 +132,7 @@ def test_every_option_can_be_given_in_both_spellings_and_reaches_its_place(
 ) -> None:
     monkeypatch.setattr(config, "contradictions", lambda cfg: [])
     value = option.choices[-1] if option.choices else _VALUES.get(option.name, _VALUES.get(option.kind, ""))
-    words = [] if option.kind == "boolean" else [value]
+    words = [] if option.kind == "boolean" else value.split()
     short = given(train, option.flag, *words)
     assert given(train, f"--{'.'.join(option.place)}", *words) == short
     for part in option.place:

@@ -1833,8 +1833,14 @@ def _option(section: str, name: str, facts: Mapping[str, Any]) -> Option:
     shape = next((one for one in facts.get("anyOf", ()) if one.get("type") != "null"), facts)
     kind = _kind(shape)
     choices = tuple(str(choice) for choice in shape.get("enum", ()))
-    limits = [f"{word} {shape[key]}" for key, word in _LIMITS.items() if key in shape]
-    expected = f"one of {', '.join(choices)}" if choices else " ".join([EXPECTED[kind], " and ".join(limits)]).strip()
+    each = shape.get("items", shape)
+    limits = " and ".join(f"{word} {each[key]}" for key, word in _LIMITS.items() if key in each)
+    if choices:
+        expected = f"one of {', '.join(choices)}"
+    elif kind == "numbers" and limits:
+        expected = f"one or more numbers, each {limits}"
+    else:
+        expected = f"{EXPECTED[kind]} {limits}".strip()
     positional = facts.get("positional", "")
     return Option(section, name, kind, expected, choices, facts.get("default"), facts["description"], positional)
 
@@ -1979,7 +1985,8 @@ def _name_of_flag(place: tuple[str, ...], values: Mapping[str, Any]) -> str:
     if not place:
         return ""
     flag = f"--{place[-1].replace('_', '-')}"
-    return _shortened(f"{flag} {_value(values, place)}" if _holds(values, place) else flag)
+    value = _value(values, place) if _holds(values, place) else ""
+    return _shortened(f"{flag} {' '.join(map(str, value)) if isinstance(value, list) else value}")
 
 
 def _shortened(text: str) -> str:
