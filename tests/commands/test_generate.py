@@ -20,6 +20,7 @@ from lorasmith.adapters.lora import LoRA
 from lorasmith.checkpoint import file_sha256, open_checkpoint
 from lorasmith.cli import main
 from lorasmith.commands import generate
+from lorasmith.config import GenerateConfig
 from lorasmith.formats import kohya
 from lorasmith.metadata import model_hash
 from lorasmith.models import tokenizer
@@ -62,10 +63,26 @@ def loras(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
     }
 
 
+@pytest.fixture(scope="module")
+def loaded() -> dict[Any, Any]:
+    """Models that stay for the next test: what one leaves behind in them, the others see."""
+    return {}
+
+
 @pytest.fixture
-def draw(base: Path, tmp_path: Path) -> Callable[..., list[Path]]:
+def draw(
+    base: Path, tmp_path: Path, loaded: dict[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., list[Path]]:
     """Run the command with a seed into a new folder, and return the pictures in their order."""
-    count = iter(range(1000))
+    count, load = iter(range(1000)), generate._load
+
+    def load_once(cfg: GenerateConfig, *rest: Any) -> Any:
+        key = cfg.base, cfg.clip_skip
+        if key not in loaded:
+            loaded[key] = load(cfg, *rest)
+        return loaded[key]
+
+    monkeypatch.setattr(generate, "_load", load_once)
 
     def run(
         *arguments: object, size: str = "64", steps: int = 3, output: Path | None = None, prompts: Path | None = None
@@ -153,7 +170,10 @@ THEIRS: dict[str, tuple[list[str], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", THEIRS)
+OFTEN = ("euler_a", "karras", "rescaled")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in OFTEN else pytest.mark.slow) for n in THEIRS])
 def test_the_same_picture_as_diffusers_own_pipeline(name: str, draw: Callable[..., list[Path]]) -> None:
     unet, vae, text = build_tiny(resolution=64)
     options, scheduler = THEIRS[name]
