@@ -194,7 +194,7 @@ def translate(script: Script, given: Values) -> dict[str, Any]:
     values: dict[str, Any] = dict(script.complete(given))
     source: dict[str, Flag] = {}
     for flag in script.flags:
-        if not flag.place or flag.key not in given or given[flag.key] is None:
+        if not flag.place or given.get(flag.key) is None or flag.is_idle(given):
             continue
         value = _converted(flag, given[flag.key])
         if values.setdefault(flag.place, value) != value:
@@ -218,6 +218,11 @@ def _converted(flag: Flag, typed: Any) -> Any:
 def page(script: Script, given: Values, values: Values, *, is_run: bool = True) -> str:
     """Return what is told before the work begins: notes on what was given, and the command line and TOML for it."""
     notes = [f"{flag.name}: {flag.note}" for flag in script.flags if flag.note and flag.key in given]
+    notes += [
+        f"{flag.name} does nothing without {' or '.join(f'--{name}' for name in flag.needs)}, and is left out"
+        for flag in script.flags
+        if flag.key in given and flag.is_idle(given)
+    ]
     line = " ".join(["lorasmith", script.command, *map(quoted, words_of(script, values))])
     what = "the same in lorasmith's own words" if is_run else "what lorasmith has for this, with another result"
     name = f"{script.command}.toml"

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ class Flag:
     note: one sentence for who gives it: why nothing needs doing, or what is different. refusal: why it cannot be given.
     becomes: words for the page: what `Script.complete` makes of it, or where it comes from.
     is_optional: for a word, that it may be left out.
+    needs: keys of options without any of which it does nothing, so that it is left out with a note.
     """
 
     name: str
@@ -38,10 +40,15 @@ class Flag:
     refusal: str = ""
     becomes: str = ""
     is_optional: bool = False
+    needs: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
         return self.name.lstrip("-")
+
+    def is_idle(self, given: Values) -> bool:
+        """Return whether it does nothing, for lack of the options that it needs."""
+        return bool(self.needs) and not any(given.get(name) for name in self.needs)
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,12 @@ class Script:
 
     def options(self) -> dict[str, Option]:
         """Return the options of the command by place."""
-        return {".".join(option.place): option for option in options(COMMANDS[self.command])}
+        return _options_by_place(self.command)
+
+
+@cache
+def _options_by_place(command: str) -> dict[str, Option]:
+    return {".".join(option.place): option for option in options(COMMANDS[command])}
 
 
 def as_path(text: str) -> str:
