@@ -297,6 +297,11 @@ def test_miniatures_say_heads_groups_and_resolution_in_their_metadata(tmp_path: 
         assert torch.equal(model.decode(x_t), vae.decode(x_t / 0.18215).sample)
 
 
+def test_a_miniature_whose_metadata_are_lost_is_told_from_a_bug(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"16 channels, .* the 32 groups .*lorasmith.architecture.*, which a .ckpt"):
+        load(write_tiny(tmp_path / "narrow.ckpt", width=16, layout="ckpt"))
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

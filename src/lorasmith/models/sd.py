@@ -9,7 +9,7 @@ describe a file.
 import json
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -752,6 +752,7 @@ def _shorten(names: Collection[str]) -> str:
 def _make_unet(layout: _Layout, loader: _Loader) -> nn.Module:
     table, levels = layout.unet, range(keys.NUM_LEVELS)
     widths = tuple(loader.shape(table, f"down_blocks.{level}.resnets.0.conv1.weight")[0] for level in levels)
+    _check_groups(loader.checkpoint.path, widths, loader.details.unet_groups)
     heads = loader.details.unet_heads or _unet_heads(layout.family, widths)
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
@@ -770,6 +771,16 @@ def _make_unet(layout: _Layout, loader: _Loader) -> nn.Module:
             norm_num_groups=loader.details.unet_groups,
             use_linear_projection=len(loader.shape(table, _PROJECTION)) == 2,
             upcast_attention=layout.family == "sd2",  # SD2's scores overflow fp16 where they are computed explicitly
+        )
+
+
+def _check_groups(path: Path, widths: Sequence[int], groups: int) -> None:
+    """Refuse widths that the norms' groups do not divide: a miniature whose header has been lost (a UserError)."""
+    if odd := [width for width in widths if width % groups]:
+        raise UserError(
+            f"{path} has layers of {odd[0]} channels, which do not go into the {groups} groups of Stable Diffusion's "
+            f"norms. A small model says its own in its metadata ({ARCHITECTURE_KEY}), which a .ckpt has no place for: "
+            "give its .safetensors or its folder."
         )
 
 
@@ -808,6 +819,7 @@ def _make_vae(table: Table, loader: _Loader) -> nn.Module:
         loader.shape(table, f"encoder.down_blocks.{level}.resnets.0.conv1.weight")[0]
         for level in range(keys.NUM_LEVELS)
     )
+    _check_groups(loader.checkpoint.path, widths, loader.details.vae_groups)
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     build: Any = AutoencoderKL
