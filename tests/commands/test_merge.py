@@ -493,7 +493,7 @@ MISTAKES = {
     "no lora": (["--model", "{model}", "--output", "{out}"], "missing: --lora"),
     "no output": (["--model", "{model}", "--lora", "{lora}"], "missing: --output"),
     "too many ratios": (["--ratio", "1", "2"], "ratio is given 2 times for 1 LoRA"),
-    "a ratio that is no number": (["--ratio", "2", "much"], "--ratio 2 much: expected one or more numbers, such as 0.8 -0.5"),
+    "a ratio that is no number": (["--ratio", "2", "much"], "--ratio 2 much: expected one or more numbers"),
     "a ratio of NaN": (["--ratio", "nan"], "expected one or more numbers"),
     "a ratio that is not used": (
         ["--ratio", "1", "--unet-ratio", "1", "--text-encoder-ratio", "1"], "ratio is not used"
