@@ -1496,6 +1496,12 @@ class GenerateConfig(Section):
     guidance_rescale: Share = Field(
         default=0.0, description="Share of guidance's added contrast that is taken back; 0.7 for zero terminal SNR."
     )
+    init: Place | None = Field(
+        default=None, description="Picture to draw on from, instead of noise alone; cut to the size of the pictures."
+    )
+    denoise: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.6, description="Share of the steps that are drawn then: the more, the less is left of the picture."
+    )
     sampler: str = Field(
         default="dpm++", description="Sampler: ddim, euler, euler_a, dpm++, unipc, heun, pndm and more."
     )
@@ -1532,6 +1538,8 @@ class GenerateConfig(Section):
     def _check_together(self) -> "GenerateConfig":
         if self.prompt and self.prompts is not None:
             raise ValueError("prompt and prompts both say what to draw; leave one of them out")
+        if self.init is None and _is_changed(self, "denoise"):
+            raise ValueError("denoise is for drawing on from a picture; give it with --init, or leave denoise out")
         for name in ("strength", "unet_strength", "text_encoder_strength"):
             count = len(getattr(self, name))
             if count not in (0, len(self.lora)):

@@ -77,6 +77,19 @@ class Wish:
     negative: Conditioning | None
 
 
+@dataclass(frozen=True)
+class Beginning:
+    """The picture that is drawn on from, instead of noise alone (SDEdit, arXiv:2108.01073).
+
+    Args:
+        posterior: mean and std of its latents, each (1, C, h, w).
+        denoise: share of the steps that are drawn, in (0, 1]; the more, the less is left of the picture.
+    """
+
+    posterior: tuple[Tensor, Tensor]
+    denoise: float
+
+
 @torch.no_grad()
 def generate(
     model: LatentDiffusion,
@@ -134,6 +147,7 @@ def draw(
     sampler: str,
     sigmas: str = "normal",
     rescale: float = 0.0,
+    beginning: Beginning | None = None,
     tick: Callable[[float], None] | None = None,
 ) -> list[Image.Image]:
     """Draw pictures at once, one for each wish; settings as for `generate`, and as `check_settings` has checked.
@@ -142,20 +156,21 @@ def draw(
         seeds: one for each wish.
         sigmas: one of `SIGMAS`.
         rescale: share of the guided prediction that gets the conditional one's deviation back (arXiv:2305.08891).
+        beginning: None: noise alone.
         tick: called with the share of the steps that are done.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    noise, scheduler = _noise(model, generators, size), make_scheduler(model, sampler_named(sampler), sigmas)
+    scheduler = make_scheduler(model, sampler_named(sampler), sigmas)
     scheduler.set_timesteps(steps, device=model.device)
-    latents = noise.to(model.device) * scheduler.init_noise_sigma
+    latents, timesteps = _start(model, scheduler, generators, size, steps, beginning)
     draws = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
     rows = _rows(wishes)
-    for done, t in enumerate(scheduler.timesteps, start=1):
+    for done, t in enumerate(timesteps, start=1):
         x_t = scheduler.scale_model_input(latents, t)
         prediction = _predict(model, x_t, t, wishes, rows, guidance, rescale)
         latents = scheduler.step(prediction, t, latents, **draws).prev_sample
         if tick:
-            tick(done / len(scheduler.timesteps))
+            tick(done / len(timesteps))
     return [to_picture(model.decode(latent[None])[0]) for latent in latents]
 
 
@@ -239,6 +254,33 @@ def _noise(model: LatentDiffusion, generators: Sequence[torch.Generator], size: 
     width, height = (side // model.latent_factor for side in size)
     shape = (model.latent_channels, height, width)
     return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+
+
+def _start(
+    model: LatentDiffusion,
+    scheduler: Any,
+    generators: Sequence[torch.Generator],
+    size: tuple[int, int],
+    steps: int,
+    beginning: Beginning | None,
+) -> tuple[Tensor, Tensor]:
+    """Return the latents to begin with, (B, C, h, w), and the timesteps to go through."""
+    noise = _noise(model, generators, size).to(model.device)
+    if beginning is None:
+        return noise * scheduler.init_noise_sigma, scheduler.timesteps
+    mean, std = (part.to(model.device) for part in beginning.posterior)
+    latents = mean + std * noise  # the first draw is the posterior's, as in diffusers' pipeline
+    first = (steps - drawn_steps(steps, beginning.denoise)) * scheduler.order
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(first)
+    timesteps = scheduler.timesteps[first:]
+    noise = _noise(model, generators, size).to(model.device)
+    return scheduler.add_noise(latents, noise, timesteps[:1].expand(len(noise))), timesteps
+
+
+def drawn_steps(steps: int, denoise: float) -> int:
+    """Return how many of the steps are drawn where a picture is drawn on from."""
+    return int(steps * denoise)
 
 
 _NEGATIVE = -1

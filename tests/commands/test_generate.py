@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import StableDiffusionImg2ImgPipeline
 from PIL import Image
 from torch import Tensor
 
@@ -264,6 +265,40 @@ def test_a_random_seed_is_told_and_draws_the_same_again(
     assert not is_same(first, run("other"))
 
 
+@pytest.mark.parametrize("sampler, denoise", [("euler_a", 0.5), ("dpm++", 0.75), ("heun", 0.5), ("ddim", 1.0)])
+def test_drawing_on_from_a_picture_is_as_in_diffusers(
+    sampler: str, denoise: float, draw: Callable[..., list[Path]], tmp_path: Path
+) -> None:
+    unet, vae, text = build_tiny(resolution=64)
+    words = copy.deepcopy(tokenizer.build())
+    words.model_max_length, words.pad_token = 77, "<|endoftext|>"
+    make: Any = StableDiffusionImg2ImgPipeline
+    pipeline = make(
+        vae=vae, unet=unet, text_encoder=text, tokenizer=words, scheduler=THEIRS[sampler][1], safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    init = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 72, 3), dtype=np.uint8))
+    init.save(tmp_path / "init.png")
+    theirs = pipeline(
+        "a cat", image=init, strength=denoise, num_inference_steps=4, guidance_scale=7.5,
+        generator=torch.Generator().manual_seed(7),
+    ).images[0]  # fmt: skip
+    options = ("--init", tmp_path / "init.png", "--denoise", denoise, "--sampler", sampler)
+    ours, other = draw("a cat", *options, "--images", 2, "--batch-size", 2, size="72,64", steps=4)
+    assert np.abs(pixels(ours) - np.asarray(theirs).astype(int)).max() <= 1
+    assert not is_same(ours, other) and parsed(text_of(ours))["Denoising strength"] == f"{denoise:g}"
+
+
+def test_pictures_are_of_the_size_of_the_one_that_is_drawn_on_from(
+    base: Path, loaded: dict[Any, Any], draw: Callable[..., list[Path]], tmp_path: Path
+) -> None:
+    Image.new("RGB", (90, 70), "red").save(tmp_path / "init.png")
+    command = ["generate", "a cat", "--base", str(base), "--init", str(tmp_path / "init.png"), "--steps", "2"]
+    assert main([*command, "--output", str(tmp_path / "out"), "--seed", "1"]) == 0
+    assert Image.open(tmp_path / "out" / "00001-1.png").size == (88, 64)
+
+
 # --- LoRAs ------------------------------------------------------------------------------------------------------------
 
 
@@ -407,6 +442,10 @@ def test_what_was_drawn_before_the_end_is_there_and_whole(
         (["{a|b}" * 14, "--base", "BASE", "--all-variants"], "more than 10,000 variants"),
         (["a cat", "--base", "BASE", "--name", "{numbr}"], r"no field \{numbr\}; there are \{number\}"),
         (["a cat", "--base", "BASE", "--output", "ROBOT"], "is a file; give a folder"),
+        (["a cat", "--base", "BASE", "--denoise", "0.5"], "denoise is for drawing on from a picture"),
+        (["a cat", "--base", "BASE", "--init", "gone.png"], "gone.png"),
+        (["a cat", "--base", "BASE", "--init", "BASE"], "mini.safetensors"),
+        (["a cat", "--base", "BASE", "--init", "PICTURE", "--denoise", "0.01"], "0.01 of 20 steps is less than one"),
         (["a cat", "--base", "BASE", "--device", "tpu"], "--device tpu: not here"),
     ],
 )
@@ -425,7 +464,8 @@ def test_mistakes_are_told_before_the_model_is_loaded(
         f"{key}.lora_down.weight": torch.ones(4, 1024), f"{key}.lora_up.weight": torch.ones(320, 4),
         f"{key}.alpha": torch.tensor(4.0),
     }, {"ss_v2": "True"})  # fmt: skip
-    places = {"BASE": str(base), "ROBOT": str(loras["robot"]), "SD2": str(other)}
+    Image.new("RGB", (64, 64)).save(tmp_path / "init.png")
+    places = {"BASE": str(base), "PICTURE": str(tmp_path / "init.png"), "ROBOT": str(loras["robot"]), "SD2": str(other)}
     assert main(["generate", *(places.get(word, word) for word in arguments)]) == 2
     error = capsys.readouterr().err
     assert re.search(said, error) and "Traceback" not in error

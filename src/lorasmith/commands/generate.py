@@ -13,8 +13,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import lorasmith
 from lorasmith import merging, model_families, prompt_syntax, prompts
@@ -22,6 +23,7 @@ from lorasmith.checkpoint import Checkpoint, file_sha256, open_checkpoint
 from lorasmith.command_line import harmless
 from lorasmith.config import GenerateConfig
 from lorasmith.data.buckets import Size
+from lorasmith.data.images import open_image
 from lorasmith.errors import UserError
 from lorasmith.formats import embeddings
 from lorasmith.memory import set_attention
@@ -35,7 +37,7 @@ from lorasmith.processes import choose_device
 from lorasmith.progress import counted
 from lorasmith.prompt_syntax import LoraTag
 from lorasmith.prompts import Prompt
-from lorasmith.sampling import Wish, check_settings, draw, sampler_named
+from lorasmith.sampling import Beginning, Wish, check_settings, draw, drawn_steps, sampler_named
 from lorasmith.seeds import derive
 from lorasmith.training_run.loading import DTYPES
 from lorasmith.training_run.preparation import check_device, choose_precision
@@ -76,7 +78,8 @@ def run(cfg: GenerateConfig) -> int:
         found, notes = embeddings.read(cfg.embeddings, width=facts.text_width)
         loras = Loras(cfg, checkpoint)
         first_seed = random.SystemRandom().randrange(2**32) if cfg.seed is None else cfg.seed
-        pictures = _pictures(cfg, facts, first_seed, loras)
+        init = None if cfg.init is None else open_image(cfg.init)
+        pictures = _pictures(cfg, facts, first_seed, init, loras)
         folder = PictureFolder(cfg.output, cfg.name, cfg.form)
         for line in [f"{cfg.base}: {facts.title}, predicts {facts.prediction}", *facts.notes, *notes, *loras.told()]:
             print(harmless(line))
@@ -85,7 +88,7 @@ def run(cfg: GenerateConfig) -> int:
         common = _facts_of_all(cfg, checkpoint, loras)
         try:
             model = _load(cfg, checkpoint, facts, precision, device, found)
-            shown = counted(_drawn(cfg, model, pictures, loras), len(pictures), "drawing", is_shown=cfg.progress)
+            shown = counted(_drawn(cfg, model, pictures, init, loras), len(pictures), "drawing", is_shown=cfg.progress)
             for one, picture in shown:
                 text = parameters(_shown_prompt(one), one.negative, {**_facts_of(cfg, one), **common})
                 folder.add(picture, text, _fields(cfg, one))
@@ -100,9 +103,18 @@ def run(cfg: GenerateConfig) -> int:
 # --- what to draw -----------------------------------------------------------------------------------------------------
 
 
-def _pictures(cfg: GenerateConfig, facts: ModelFacts, first_seed: int, loras: "Loras") -> list[Picture]:
-    """Return all pictures, checked."""
-    found = [picture for prompt in _prompts(cfg) for picture in _of_prompt(cfg, facts, prompt, first_seed, loras)]
+def _pictures(
+    cfg: GenerateConfig, facts: ModelFacts, first_seed: int, init: Image.Image | None, loras: "Loras"
+) -> list[Picture]:
+    """Return all pictures, checked; of the size of the one that is drawn on from, where none is said."""
+    size = cfg.size or facts.resolution
+    if init is not None and cfg.size is None:
+        width, height = (max(side // facts.latent_factor, 1) * facts.latent_factor for side in init.size)
+        size = width, height
+    found = [picture for prompt in _prompts(cfg) for picture in _of_prompt(cfg, size, prompt, first_seed, loras)]
+    for one in found:
+        if init is not None and not drawn_steps(one.steps, cfg.denoise):
+            raise UserError(f"--denoise {cfg.denoise:g} of {one.steps} steps is less than one; give more of either.")
     for one in found:
         if one.seed > _LARGEST_SEED:
             raise UserError(f"seed {one.seed} is too large; seeds go up to {_LARGEST_SEED}.")
@@ -121,12 +133,10 @@ def _prompts(cfg: GenerateConfig) -> list[Prompt]:
     return prompts.read_file(cfg.prompts)
 
 
-def _of_prompt(
-    cfg: GenerateConfig, facts: ModelFacts, prompt: Prompt, first_seed: int, loras: "Loras"
-) -> Iterator[Picture]:
+def _of_prompt(cfg: GenerateConfig, size: Size, prompt: Prompt, first_seed: int, loras: "Loras") -> Iterator[Picture]:
     """Return the pictures of one prompt; all its variants are drawn from the same seeds."""
     texts = prompt_syntax.variants(prompt.text) if cfg.all_variants else [prompt.text]
-    width, height = cfg.size or facts.resolution
+    width, height = size
     for text in texts:
         for number in range(cfg.images):
             seed = _or(prompt.seed, first_seed) + number
@@ -266,13 +276,13 @@ def _load(
 
 
 def _drawn(
-    cfg: GenerateConfig, model: LatentDiffusion, pictures: Sequence[Picture], loras: Loras
+    cfg: GenerateConfig, model: LatentDiffusion, pictures: Sequence[Picture], init: Image.Image | None, loras: Loras
 ) -> Iterator[tuple[Picture, Image.Image]]:
     """Yield each picture when it is drawn, in their order."""
     for tags, same in groupby(pictures, key=lambda one: one.loras):
         with merging.applied(model, loras.additions(tags), is_folded=cfg.fold):
             for (size, steps, guidance, sampler), alike in groupby(same, key=lambda one: one.settings):
-                rest = list(alike)
+                rest, beginning = list(alike), None if init is None else _beginning(cfg, model, init, size)
                 while rest:
                     batch, rest = rest[: cfg.batch_size], rest[cfg.batch_size :]
                     drawn = draw(
@@ -285,8 +295,16 @@ def _drawn(
                         sampler=sampler,
                         sigmas=cfg.sigmas,
                         rescale=cfg.guidance_rescale,
+                        beginning=beginning,
                     )
                     yield from zip(batch, drawn, strict=True)
+
+
+def _beginning(cfg: GenerateConfig, model: LatentDiffusion, init: Image.Image, size: Size) -> Beginning:
+    """Return what to draw on from: the picture made as large as is needed, and what is too much cut off its sides."""
+    fitted = np.asarray(ImageOps.fit(init.convert("RGB"), size, Image.Resampling.LANCZOS), dtype=np.float32)
+    pixels = torch.from_numpy(fitted).permute(2, 0, 1)[None] / 127.5 - 1
+    return Beginning(model.encode_image(pixels), cfg.denoise)
 
 
 @torch.no_grad()
@@ -362,6 +380,8 @@ def _facts_of_all(cfg: GenerateConfig, checkpoint: Checkpoint, loras: Loras) -> 
         facts["Clip skip"] = str(cfg.clip_skip)
     if cfg.guidance_rescale:
         facts["CFG Rescale"] = f"{cfg.guidance_rescale:g}"
+    if cfg.init is not None:
+        facts["Denoising strength"] = f"{cfg.denoise:g}"
     if hashes := loras.hashes():
         facts["Lora hashes"] = ", ".join(f"{name}: {digits}" for name, digits in hashes.items())
     return {**facts, "Version": f"lorasmith {lorasmith.__version__}"}
