@@ -275,7 +275,9 @@ def describe(
     """
     shapes = _shapes(checkpoint)
     layout = _require_layout(shapes)
-    _check_inputs(checkpoint.path, _module_shapes(layout.unet, shapes))
+    if to_run:
+        _check_inputs(checkpoint.path, _module_shapes(layout.unet, shapes))
+        _check_vae(checkpoint.path, layout, vae)
     _check_text_layers(checkpoint.path, layout.family)
     family = layout.family
     if v2 is not None and v2 != (family == "sd2"):
