@@ -104,3 +104,9 @@ def test_a_file_that_cannot_be_meant_is_told(tmp_path: Path, name: str, text: st
     with pytest.raises(UserError) as told:
         read_file(tmp_path / name)
     assert expected in str(told.value) and name in str(told.value)
+
+
+@pytest.mark.parametrize("seed", [0, 2**53 + 1, 2**63 - 1])
+def test_every_seed_is_taken_to_the_digit(seed: int) -> None:
+    """2**53 + 1 is the first whole number that a float does not hold."""
+    assert parse(f"a cat --d {seed}").seed == seed
