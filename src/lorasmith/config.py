@@ -1499,6 +1499,9 @@ class GenerateConfig(Section):
     init: Place | None = Field(
         default=None, description="Picture to draw on from, instead of noise alone; cut to the size of the pictures."
     )
+    mask: Place | None = Field(
+        default=None, description="Picture that is white where init is to be drawn anew, and black where it stays."
+    )
     denoise: Annotated[float, Field(gt=0, le=1)] = Field(
         default=0.6, description="Share of the steps that are drawn then: the more, the less is left of the picture."
     )
@@ -1538,8 +1541,9 @@ class GenerateConfig(Section):
     def _check_together(self) -> "GenerateConfig":
         if self.prompt and self.prompts is not None:
             raise ValueError("prompt and prompts both say what to draw; leave one of them out")
-        if self.init is None and _is_changed(self, "denoise"):
-            raise ValueError("denoise is for drawing on from a picture; give it with --init, or leave denoise out")
+        for name in ("denoise", "mask"):
+            if self.init is None and _is_changed(self, name):
+                raise ValueError(f"{name} is for drawing on from a picture; give it with --init, or leave {name} out")
         for name in ("strength", "unet_strength", "text_encoder_strength"):
             count = len(getattr(self, name))
             if count not in (0, len(self.lora)):

@@ -84,10 +84,12 @@ class Beginning:
     Args:
         posterior: mean and std of its latents, each (1, C, h, w).
         denoise: share of the steps that are drawn, in (0, 1]; the more, the less is left of the picture.
+        mask: (1, 1, h, w), 1 where is drawn, 0 where the picture stays, shares between; None: 1 everywhere.
     """
 
     posterior: tuple[Tensor, Tensor]
     denoise: float
+    mask: Tensor | None = None
 
 
 @torch.no_grad()
@@ -162,13 +164,13 @@ def draw(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     scheduler = make_scheduler(model, sampler_named(sampler), sigmas)
     scheduler.set_timesteps(steps, device=model.device)
-    latents, timesteps = _start(model, scheduler, generators, size, steps, beginning)
+    latents, timesteps, blend = _start(model, scheduler, generators, size, steps, beginning)
     draws = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
     rows = _rows(wishes)
     for done, t in enumerate(timesteps, start=1):
         x_t = scheduler.scale_model_input(latents, t)
         prediction = _predict(model, x_t, t, wishes, rows, guidance, rescale)
-        latents = scheduler.step(prediction, t, latents, **draws).prev_sample
+        latents = blend(scheduler.step(prediction, t, latents, **draws).prev_sample, done)
         if tick:
             tick(done / len(timesteps))
     return [to_picture(model.decode(latent[None])[0]) for latent in latents]
@@ -263,19 +265,30 @@ def _start(
     size: tuple[int, int],
     steps: int,
     beginning: Beginning | None,
-) -> tuple[Tensor, Tensor]:
-    """Return the latents to begin with, (B, C, h, w), and the timesteps to go through."""
+) -> tuple[Tensor, Tensor, Callable[[Tensor, int], Tensor]]:
+    """Return the latents to begin with, (B, C, h, w), the timesteps to go through, and what a mask makes of each step.
+
+    That is given the latents and how many steps are done, and puts the picture, as noisy as these, where it stays.
+    """
     noise = _noise(model, generators, size).to(model.device)
     if beginning is None:
-        return noise * scheduler.init_noise_sigma, scheduler.timesteps
+        return noise * scheduler.init_noise_sigma, scheduler.timesteps, lambda latents, done: latents
     mean, std = (part.to(model.device) for part in beginning.posterior)
-    latents = mean + std * noise  # the first draw is the posterior's, as in diffusers' pipeline
+    kept = mean + std * noise  # the first draw is the posterior's, as in diffusers' pipeline
     first = (steps - drawn_steps(steps, beginning.denoise)) * scheduler.order
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(first)
     timesteps = scheduler.timesteps[first:]
     noise = _noise(model, generators, size).to(model.device)
-    return scheduler.add_noise(latents, noise, timesteps[:1].expand(len(noise))), timesteps
+
+    def blend(latents: Tensor, done: int) -> Tensor:
+        if beginning.mask is None:
+            return latents
+        is_last, mask = done == len(timesteps), beginning.mask.to(model.device)
+        own = kept if is_last else scheduler.add_noise(kept, noise, timesteps[done : done + 1].expand(len(noise)))
+        return (1 - mask) * own + mask * latents
+
+    return scheduler.add_noise(kept, noise, timesteps[:1].expand(len(noise))), timesteps, blend
 
 
 def drawn_steps(steps: int, denoise: float) -> int:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import StableDiffusionImg2ImgPipeline
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_inpaint import StableDiffusionInpaintPipeline
 from PIL import Image
 from torch import Tensor
 
@@ -290,6 +291,32 @@ def test_drawing_on_from_a_picture_is_as_in_diffusers(
     assert not is_same(ours, other) and parsed(text_of(ours))["Denoising strength"] == f"{denoise:g}"
 
 
+def test_a_mask_says_where_is_drawn_as_in_diffusers(draw: Callable[..., list[Path]], tmp_path: Path) -> None:
+    unet, vae, text = build_tiny(resolution=64)
+    words = copy.deepcopy(tokenizer.build())
+    words.model_max_length, words.pad_token = 77, "<|endoftext|>"
+    make: Any = StableDiffusionInpaintPipeline
+    pipeline = make(
+        vae=vae, unet=unet, text_encoder=text, tokenizer=words, scheduler=THEIRS["dpm++"][1], safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    init = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 72, 3), dtype=np.uint8))
+    mask = Image.new("L", init.size)
+    mask.paste(255, (0, 0, 24, 64))
+    init.save(tmp_path / "init.png")
+    mask.save(tmp_path / "mask.png")
+    theirs = pipeline(
+        "a cat", image=init, mask_image=mask, width=72, height=64, strength=0.75, num_inference_steps=4,
+        guidance_scale=7.5, generator=torch.Generator().manual_seed(7),
+    ).images[0]  # fmt: skip
+    options = ("--init", tmp_path / "init.png", "--denoise", 0.75)
+    [ours] = draw("a cat", *options, "--mask", tmp_path / "mask.png", size="72,64", steps=4)
+    [unmasked] = draw("a cat", *options, size="72,64", steps=4)
+    assert np.abs(pixels(ours) - np.asarray(theirs).astype(int)).max() <= 1
+    assert difference(ours, unmasked) > 5
+
+
 def test_pictures_are_of_the_size_of_the_one_that_is_drawn_on_from(
     base: Path, loaded: dict[Any, Any], draw: Callable[..., list[Path]], tmp_path: Path
 ) -> None:
@@ -443,6 +470,8 @@ def test_what_was_drawn_before_the_end_is_there_and_whole(
         (["a cat", "--base", "BASE", "--name", "{numbr}"], r"no field \{numbr\}; there are \{number\}"),
         (["a cat", "--base", "BASE", "--output", "ROBOT"], "is a file; give a folder"),
         (["a cat", "--base", "BASE", "--denoise", "0.5"], "denoise is for drawing on from a picture"),
+        (["a cat", "--base", "BASE", "--mask", "PICTURE"], "mask is for drawing on from a picture"),
+        (["a cat", "--base", "BASE", "--init", "PICTURE", "--mask", "WIDER"], "is 72x64, and .* is 64x64; give a mask"),
         (["a cat", "--base", "BASE", "--init", "gone.png"], "gone.png"),
         (["a cat", "--base", "BASE", "--init", "BASE"], "mini.safetensors"),
         (["a cat", "--base", "BASE", "--init", "PICTURE", "--denoise", "0.01"], "0.01 of 20 steps is less than one"),
@@ -465,7 +494,14 @@ def test_mistakes_are_told_before_the_model_is_loaded(
         f"{key}.alpha": torch.tensor(4.0),
     }, {"ss_v2": "True"})  # fmt: skip
     Image.new("RGB", (64, 64)).save(tmp_path / "init.png")
-    places = {"BASE": str(base), "PICTURE": str(tmp_path / "init.png"), "ROBOT": str(loras["robot"]), "SD2": str(other)}
+    Image.new("L", (72, 64)).save(tmp_path / "wider.png")
+    places = {
+        "BASE": str(base),
+        "WIDER": str(tmp_path / "wider.png"),
+        "PICTURE": str(tmp_path / "init.png"),
+        "ROBOT": str(loras["robot"]),
+        "SD2": str(other),
+    }
     assert main(["generate", *(places.get(word, word) for word in arguments)]) == 2
     error = capsys.readouterr().err
     assert re.search(said, error) and "Traceback" not in error

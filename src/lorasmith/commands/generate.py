@@ -78,7 +78,12 @@ def run(cfg: GenerateConfig) -> int:
         found, notes = embeddings.read(cfg.embeddings, width=facts.text_width)
         loras = Loras(cfg, checkpoint)
         first_seed = random.SystemRandom().randrange(2**32) if cfg.seed is None else cfg.seed
-        init = None if cfg.init is None else open_image(cfg.init)
+        init, mask = (None if path is None else open_image(path) for path in (cfg.init, cfg.mask))
+        if init is not None and mask is not None and init.size != mask.size:
+            raise UserError(
+                f"--mask {cfg.mask} is {mask.width}x{mask.height}, and {cfg.init} is {init.width}x{init.height}; give "
+                "a mask of the picture's size."
+            )
         pictures = _pictures(cfg, facts, first_seed, init, loras)
         folder = PictureFolder(cfg.output, cfg.name, cfg.form)
         for line in [f"{cfg.base}: {facts.title}, predicts {facts.prediction}", *facts.notes, *notes, *loras.told()]:
@@ -88,7 +93,9 @@ def run(cfg: GenerateConfig) -> int:
         common = _facts_of_all(cfg, checkpoint, loras)
         try:
             model = _load(cfg, checkpoint, facts, precision, device, found)
-            shown = counted(_drawn(cfg, model, pictures, init, loras), len(pictures), "drawing", is_shown=cfg.progress)
+            shown = counted(
+                _drawn(cfg, model, pictures, init, mask, loras), len(pictures), "drawing", is_shown=cfg.progress
+            )
             for one, picture in shown:
                 text = parameters(_shown_prompt(one), one.negative, {**_facts_of(cfg, one), **common})
                 folder.add(picture, text, _fields(cfg, one))
@@ -276,13 +283,18 @@ def _load(
 
 
 def _drawn(
-    cfg: GenerateConfig, model: LatentDiffusion, pictures: Sequence[Picture], init: Image.Image | None, loras: Loras
+    cfg: GenerateConfig,
+    model: LatentDiffusion,
+    pictures: Sequence[Picture],
+    init: Image.Image | None,
+    mask: Image.Image | None,
+    loras: Loras,
 ) -> Iterator[tuple[Picture, Image.Image]]:
     """Yield each picture when it is drawn, in their order."""
     for tags, same in groupby(pictures, key=lambda one: one.loras):
         with merging.applied(model, loras.additions(tags), is_folded=cfg.fold):
             for (size, steps, guidance, sampler), alike in groupby(same, key=lambda one: one.settings):
-                rest, beginning = list(alike), None if init is None else _beginning(cfg, model, init, size)
+                rest, beginning = list(alike), None if init is None else _beginning(cfg, model, init, mask, size)
                 while rest:
                     batch, rest = rest[: cfg.batch_size], rest[cfg.batch_size :]
                     drawn = draw(
@@ -300,11 +312,19 @@ def _drawn(
                     yield from zip(batch, drawn, strict=True)
 
 
-def _beginning(cfg: GenerateConfig, model: LatentDiffusion, init: Image.Image, size: Size) -> Beginning:
+def _beginning(
+    cfg: GenerateConfig, model: LatentDiffusion, init: Image.Image, mask: Image.Image | None, size: Size
+) -> Beginning:
     """Return what to draw on from: the picture made as large as is needed, and what is too much cut off its sides."""
     fitted = np.asarray(ImageOps.fit(init.convert("RGB"), size, Image.Resampling.LANCZOS), dtype=np.float32)
     pixels = torch.from_numpy(fitted).permute(2, 0, 1)[None] / 127.5 - 1
-    return Beginning(model.encode_image(pixels), cfg.denoise)
+    if mask is None:
+        return Beginning(model.encode_image(pixels), cfg.denoise)
+    latent_size = (size[0] // model.latent_factor, size[1] // model.latent_factor)
+    shares = ImageOps.fit(mask.convert("L"), size, Image.Resampling.BOX).resize(latent_size, Image.Resampling.BOX)
+    return Beginning(
+        model.encode_image(pixels), cfg.denoise, torch.from_numpy(np.asarray(shares, np.float32))[None, None] / 255
+    )
 
 
 @torch.no_grad()
