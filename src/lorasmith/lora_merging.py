@@ -50,8 +50,8 @@ def merge(files: Files, contents: Sequence[Contents], ratios: Sequence[Ratios], 
         rank: cut each layer to this rank, to the nearest there is; None: the exact sum, whose rank is the sum of ranks.
 
     Raises:
-        UserError: the files are for different model families, a layer has different shapes in them, or a file's ratios
-            leave nothing of it.
+        UserError: the files are for different model families, a layer has different shapes in them, a file's ratios
+            leave nothing of it, or the files cancel each other.
     """
     check_families(files)
     sources = [_scaled(file, own, ratio) for file, own, ratio in zip(files, contents, ratios, strict=True)]
@@ -65,6 +65,10 @@ def merge(files: Files, contents: Sequence[Contents], ratios: Sequence[Ratios], 
         parts = [source.layers[name].factors for source in sources if name in source.layers]
         factors, kept[name] = _sum(parts, rank)
         layers[name] = Layer(shapes[name], factors, float(factors.rank))
+    if not wholes and _is_rounding(layers, sources, sum(one.total for one in kept.values())):
+        raise UserError(
+            "the LoRAs cancel each other at these ratios, so that nothing is left to save; give other ones."
+        )
     return Merged(layers, kept, wholes)
 
 
@@ -79,6 +83,16 @@ def _scaled(file: LoraFile | AnyLora, contents: Contents, ratios: Ratios) -> Con
     if not layers and not wholes:
         raise UserError(f"{file.path} would add nothing: its ratio is 0. Give another ratio, or leave the file out.")
     return replace(contents, layers=layers, wholes=wholes)
+
+
+def _is_rounding(layers: Mapping[str, Layer], sources: Sequence[Contents], square: float) -> bool:
+    """Return whether what is left of the sources, whose squared norm is about `square`, is their sum's rounding."""
+    factors = [layer.factors for source in sources for layer in source.layers.values()]
+    given = sum(product_norm(one.down, one.up).item() ** 2 for one in factors)
+    if square > 1e-3 * given:
+        return False
+    found = [layer.factors.up.double() @ layer.factors.down.double() for layer in layers.values()]
+    return given > 0 and sum(delta.square().sum().item() for delta in found) <= 1e-10 * given
 
 
 def _sum_whole(sources: Sequence[Contents], name: str) -> Whole:

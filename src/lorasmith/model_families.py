@@ -165,12 +165,12 @@ def _unsupported(kind: str) -> str:
     return f"is not supported yet: this is {kind}. Expected Stable Diffusion 1.x or 2.x."
 
 
-_BASE_WANTED = "give the base model to train for here (a checkpoint of 2 to 5 GB, or a diffusers folder)"
+_BASE_WANTED = "give the base model here (a checkpoint of 2 to 5 GB, or a diffusers folder)"
 
 # In this order: the first that fits tells the user what was given.
 _OTHERS: list[tuple[str, Callable[[Shapes], bool]]] = [
     (
-        f"is a LoRA, not a base model; {_BASE_WANTED}, and the LoRA to go on from with --weights.",
+        f"is a LoRA, not a base model; {_BASE_WANTED}; a LoRA goes to --lora (merge, generate) or --weights (train).",
         _any_contains(
             ".lora_down.", ".lora_up.", ".lora_A.", ".lora_B.", "_lora.down.", ".hada_w1_", ".lokr_w", "oft_blocks"
         ),

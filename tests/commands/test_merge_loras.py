@@ -74,6 +74,13 @@ def test_what_a_lora_does_not_have_counts_as_zero(folder: Path) -> None:
         assert metadata["ss_network_dim"] == "Dynamic"
 
 
+def test_loras_that_cancel_each_other_leave_nothing_to_save(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    same = ["merge", "--lora", "a.safetensors", "a.pt", "--output", "out.safetensors"]
+    assert main([*same, "--ratio", "1", "-1"]) == 2
+    assert "cancel each other" in capsys.readouterr().err and not Path("out.safetensors").exists()
+    assert main([*same, "--ratio", "1", "-0.999"]) == 0  # a thousandth is left, and no rounding
+
+
 def test_parts_have_ratios_of_their_own(folder: Path) -> None:
     found = deltas_of(merge("--lora", "a.safetensors", "--unet-ratio", "0.5", "--text-encoder-ratio", "-2")[0])
     for name, delta in deltas_of(A).items():
