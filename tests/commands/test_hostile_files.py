@@ -46,7 +46,6 @@ COMMANDS = {
     "train --base": (*TRAIN, "--base", "{path}"),
     "train --weights": (*TRAIN, "--base", "{place}/base.safetensors", "--weights", "{path}"),
     "train --embeddings": (*TRAIN, "--base", "{place}/base.safetensors", "--embeddings", "{path}"),
-    "train --embeddings": (*TRAIN, "--base", "{place}/base.safetensors", "--embeddings", "{path}"),
 }  # fmt: skip
 
 
