@@ -5,6 +5,7 @@ Changes of other kinds become low-rank matrices where that is exact; those of wh
 weight cannot. Changes of norms, embeddings and biases stay what they are.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,6 +26,7 @@ from lorasmith.network import PARTS, group_by_module, part_of, recognise
 _SUFFIXES = (".safetensors", ".pt", ".ckpt")
 _BLOCK = re.compile(r"down_blocks_\d+|mid_block|up_blocks_\d+")
 _NUM_SHOWN = 3
+_LARGEST_LAYER = 1 << 26  # numbers, five times the largest layer of SDXL
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def told_extras(file: AnyLora) -> list[str]:
     return [*(f"  not used: {count} tensors, {what}" for what, count in counts), *(f"  note: {n}" for n in file.notes)]
 
 
-_NEED_BASE = {"DoRA", "GLoRA", "OFT", "BOFT", "IA3"}
+NEED_BASE = {"DoRA", "GLoRA", "OFT", "BOFT", "IA3"}  # kinds of which the delta depends on the weight
 
 
 def contents_of(file: AnyLora) -> Contents:
@@ -121,7 +123,7 @@ def contents_of(file: AnyLora) -> Contents:
         )
     tensors_by_layer = dict(sorted(file.layers().items()))
     kinds = Counter(str(kind_of(own)) for own in tensors_by_layer.values())
-    needy = [name for name, own in tensors_by_layer.items() if kind_of(own) in _NEED_BASE or "dora_scale" in own]
+    needy = [name for name, own in tensors_by_layer.items() if kind_of(own) in NEED_BASE or "dora_scale" in own]
     if needy:
         told = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
         raise UserError(
@@ -156,7 +158,7 @@ def _change(name: str, tensors: Mapping[str, Tensor], family: str) -> Layer | Wh
         return _layer(tensors)
     if tensors.keys() <= {"diff_b", "alpha"}:
         return Whole(None, tensors["diff_b"].float())
-    shape = _stored_shape(tensors)
+    shape = stored_shape(tensors)
     with torch.no_grad():
         adapter = recognise(tensors).from_tensors(shape, tensors).double()
         delta, bias = adapter.delta(torch.zeros(shape)), adapter.delta_bias(None)
@@ -175,6 +177,7 @@ def _without_mid(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     mid, down = tensors["lora_mid.weight"].float(), tensors["lora_down.weight"].float().flatten(1)
     if mid.dim() != 4 or mid.shape[1] != down.shape[0]:
         raise ValueError(f"mid {tuple(mid.shape)} and down {tuple(down.shape)} do not fit each other")
+    _check_size((mid.shape[0], down.shape[1], *mid.shape[2:]))
     whole = torch.einsum("mnhw,ni->mihw", mid.double(), down.double()).float()
     return {
         **{tail: tensor for tail, tensor in tensors.items() if tail != "lora_mid.weight"},
@@ -182,21 +185,40 @@ def _without_mid(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _stored_shape(tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
-    """Return the shape of the layer's weight, or (out, in * kernel) where the tensors do not tell the kernel."""
+def stored_shape(tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """Return the shape of the weight that a layer's tensors change, of kinds whose delta does not depend on it.
+
+    Where the tensors do not tell the kernel it is (out, in * kernel). Plain LoRA is not looked at.
+
+    Raises:
+        ValueError: the factors are no matrices, or no model has such a large layer: small factors can make any size.
+    """
     shapes = {tail: tuple(tensor.shape) for tail, tensor in tensors.items()}
-    if "hada_t1" in shapes:
-        return (shapes["hada_w1_a"][1], shapes["hada_w1_b"][1], *shapes["hada_t1"][2:])
-    if "hada_w1_a" in shapes:
-        return (shapes["hada_w1_a"][0], shapes["hada_w1_b"][1])
-    if "lokr_w1" in shapes or "lokr_w1_a" in shapes:
+    if any(len(shape) < 2 for tail, shape in shapes.items() if tail.startswith(("hada_", "lokr_"))):
+        raise ValueError("its factors are no matrices")
+    if "lora_mid.weight" in shapes:
+        shape = (shapes["lora_up.weight"][0], shapes["lora_down.weight"][1], *shapes["lora_mid.weight"][2:])
+    elif "hada_t1" in shapes:
+        shape = (shapes["hada_w1_a"][1], shapes["hada_w1_b"][1], *shapes["hada_t1"][2:])
+    elif "hada_w1_a" in shapes:
+        shape = (shapes["hada_w1_a"][0], shapes["hada_w1_b"][1])
+    elif "lokr_w1" in shapes or "lokr_w1_a" in shapes:
         first = shapes.get("lokr_w1") or (shapes["lokr_w1_a"][0], shapes["lokr_w1_b"][1])
         if "lokr_t2" in shapes:
             second = (shapes["lokr_w2_a"][1], shapes["lokr_w2_b"][1], *shapes["lokr_t2"][2:])
         else:
             second = shapes.get("lokr_w2") or (shapes["lokr_w2_a"][0], shapes["lokr_w2_b"][1])
-        return (first[0] * second[0], first[1] * second[1], *second[2:])
-    return next(shapes[tail] for tail in ("diff", "w_norm", "b_norm") if tail in shapes)
+        shape = (first[0] * second[0], first[1] * second[1], *second[2:])
+    else:
+        shape = shapes[next(tail for tail in ("diff", "w_norm", "b_norm") if tail in shapes)]
+    _check_size(shape)
+    return shape
+
+
+def _check_size(shape: Sequence[int]) -> None:
+    if not shape or math.prod(shape) > _LARGEST_LAYER:
+        told = " x ".join(map(str, shape)) or "a single number"
+        raise ValueError(f"what it changes would be {told}, which no layer of a model is")
 
 
 def _refuse_damaged(path: Path, problems: Sequence[str], num_layers: int) -> None:

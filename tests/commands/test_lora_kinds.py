@@ -155,3 +155,33 @@ def test_nothing_of_a_low_rank_is_told(folder: Path, capsys: pytest.CaptureFixtu
     assert main(["resize", "norm.safetensors", "--rank", "1", "--output", "out.safetensors"]) == 2
     assert "holds nothing of a low rank" in capsys.readouterr().err
     assert_changes(merge("--lora", "norm.safetensors", "--ratio", "2"), changes(make("norm", [NORM]), 2))
+
+
+def ones(*shape: int) -> Tensor:
+    return torch.ones(shape)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "expected"),
+    [
+        ({"lokr_w1": ones(8000, 100), "lokr_w2": ones(100, 8000)}, "800000 x 800000"),
+        (
+            {"lora_up.weight": ones(4, 1, 1, 1), "lora_mid.weight": ones(9000, 1, 1, 1)}
+            | {"lora_down.weight": ones(1, 9000, 1, 1)},
+            "9000 x 9000",
+        ),
+        ({"lokr_w1": ones(8), "lokr_w2": ones(10, 8)}, "no matrices"),
+        ({"lokr_w1": torch.tensor(1.0), "lokr_w2": ones(10, 8)}, "no matrices"),
+        ({f"hada_w{number}_{side}": ones(8) for number in (1, 2) for side in "ab"}, "no matrices"),
+        ({"diff": torch.tensor(1.0)}, "a single number"),
+    ],
+)
+@pytest.mark.parametrize(
+    "command", [["resize", "bad.safetensors", "--rank", "1"], ["merge", "--lora", "bad.safetensors"]]
+)
+def test_what_is_no_layer_of_a_model_is_told_before_it_is_built(
+    command: list[str], tensors: dict[str, Tensor], expected: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_file({f"{PROJ_IN}.{tail}": tensor for tail, tensor in tensors.items()}, "bad.safetensors")
+    assert main([*command, "--output", "out.safetensors"]) == 2
+    assert expected in capsys.readouterr().err and not Path("out.safetensors").exists()

@@ -10,7 +10,7 @@ import json
 import math
 import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from lorasmith.config import InspectConfig
 from lorasmith.errors import UserError
 from lorasmith.formats import clients, kohya
 from lorasmith.formats.dialects import DIALECTS, FAMILIES, AnyLora, holds_lora, kind_of, read_any
+from lorasmith.lora_files import NEED_BASE, stored_shape
 from lorasmith.models.keys import sd as keys
 from lorasmith.network import recognise
 from lorasmith.report import draw_norms, norms_by_block
@@ -202,46 +203,14 @@ def _norm(own: Mapping[str, Tensor]) -> float | None:
         return kohya.norms({f"x.{tail}": tensor for tail, tensor in own.items()})["x"]
     if own.keys() <= {"diff_b", "b_norm"}:
         return 0.0
-    if kind not in _SHAPES or "dora_scale" in own:
+    if kind in NEED_BASE or "dora_scale" in own:
         return None
     try:
-        shape = _SHAPES[kind](own)
-        if math.prod(shape) > _LARGEST_LAYER:
-            return None
+        shape = stored_shape(own)
         with torch.no_grad():
             return recognise(own).from_tensors(shape, own).delta(torch.zeros(shape)).norm().item()
-    except (ValueError, LookupError, RuntimeError):  # tensors that do not fit each other
+    except (ValueError, RuntimeError):  # of no layer's size, or tensors that do not fit each other
         return None
-
-
-def _of_loha(own: Mapping[str, Tensor]) -> tuple[int, ...]:
-    out, into = own["hada_w1_a"], own["hada_w1_b"]
-    has_kernel = "hada_t1" in own
-    return (out.shape[1 if has_kernel else 0], into.shape[1], *(own["hada_t1"].shape[2:] if has_kernel else ()))
-
-
-def _of_lokr(own: Mapping[str, Tensor]) -> tuple[int, ...]:
-    first = own["lokr_w1"].shape if "lokr_w1" in own else (own["lokr_w1_a"].shape[0], own["lokr_w1_b"].shape[1])
-    if "lokr_w2" in own:
-        second = own["lokr_w2"].shape
-    elif "lokr_t2" in own:
-        second = (own["lokr_w2_a"].shape[1], own["lokr_w2_b"].shape[1], *own["lokr_t2"].shape[2:])
-    else:
-        second = (own["lokr_w2_a"].shape[0], own["lokr_w2_b"].shape[1])
-    return (first[0] * second[0], first[1] * second[1], *second[2:])
-
-
-# Kind -> the shape of the layer's weight, as far as the norm needs it: in one dimension what is not told apart.
-_SHAPES: dict[str, Callable[[Mapping[str, Tensor]], tuple[int, ...]]] = {
-    "Tucker LoCon": lambda own: (
-        own["lora_up.weight"].shape[0], own["lora_down.weight"].shape[1], *own["lora_mid.weight"].shape[2:]
-    ),
-    "LoHa": _of_loha,
-    "LoKr": _of_lokr,
-    "full": lambda own: tuple(own["diff"].shape),
-    "norm": lambda own: tuple(own["w_norm"].shape),
-}  # fmt: skip
-_LARGEST_LAYER = 1 << 26  # numbers, five times the largest layer of SDXL; small factors can make any size
 
 
 def _hashes(lora: AnyLora) -> dict[str, Any]:
