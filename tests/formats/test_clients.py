@@ -30,6 +30,14 @@ def test_the_worst_trait_decides(tmp_path: Path) -> None:
     assert found["ComfyUI"] == clients.Verdict("part", ("text encoder without text_model",))
 
 
+@pytest.mark.parametrize("kind", ["LoHa", "LoKr"])
+def test_magnitudes_count_with_any_kind(tmp_path: Path, kind: str) -> None:
+    own = {**KINDS[kind], "dora_scale": torch.rand(32, 1)}
+    found = clients.verdicts(read_any(writers.kohya(tmp_path / "a.safetensors", {LAYER: own})))
+    assert found["stable-diffusion.cpp"] == clients.Verdict("wrong", ("DoRA",))
+    assert found["ComfyUI"] == clients.Verdict("ok", ())
+
+
 def factors(**tensors: tuple[int, ...]) -> dict[str, Tensor]:
     return {name.replace("__", "."): torch.rand(shape) for name, shape in tensors.items()}
 

@@ -102,8 +102,13 @@ class Verdict:
 
 def traits(lora: AnyLora) -> list[str]:
     """Return what of a file decides which programs load it."""
-    kinds = sorted({str(kind_of(own)) for own in lora.layers().values()} & _TABLE.keys())
-    return [_DIALECT_TRAITS[lora.dialect], *(trait for trait, has in _TRAITS.items() if has(lora)), *kinds]
+    layers = lora.layers().values()
+    kinds = {str(kind_of(own)) for own in layers} | {"DoRA" for own in layers if "dora_scale" in own}
+    return [
+        _DIALECT_TRAITS[lora.dialect],
+        *(trait for trait, has in _TRAITS.items() if has(lora)),
+        *sorted(kinds & _TABLE.keys()),
+    ]
 
 
 def verdicts(lora: AnyLora) -> dict[str, Verdict]:
