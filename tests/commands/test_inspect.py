@@ -174,6 +174,46 @@ def test_what_depends_on_the_model_is_said_to(tmp_path: Path, kind: str, capsys:
     assert f"not measured    1 {kind}: the change depends on the base model's weights" in capsys.readouterr().out
 
 
+RANKS = {
+    "LoHa": 2, "LoHa, Tucker": 2, "LoKr": None, "LoKr of products": 2, "Tucker LoCon": 2, "full": None, "norm": None,
+    "DoRA": 2, "OFT": None, "IA3": None, "GLoRA": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", RANKS)
+def test_the_rank_is_that_of_the_tensors(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    tensors = MEASURED[kind][0] if kind in MEASURED else UNMEASURED[kind]
+    path = writers.kohya(tmp_path / "a.safetensors", {A_LAYER: tensors})
+    rank = RANKS[kind]
+    assert told(path, capsys)["rank"] == (None if rank is None else {"from": rank, "to": rank})
+    main(["inspect", str(path)])
+    lines = capsys.readouterr().out.split("\n")
+    assert f"rank            {rank or 'none: other kinds of changes'}" in lines
+    assert ("alpha           not in the file: as the rank" in lines) == (rank is not None and "alpha" not in tensors)
+
+
+def test_why_there_is_no_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = writers.kohya(tmp_path / "a.safetensors", {A_LAYER: UNMEASURED["DoRA"]})
+    assert main(["inspect", str(path), "--picture", str(tmp_path / "a.png")]) == 2
+    error = capsys.readouterr().err
+    assert "1 DoRA" in error and "depends on the base model's weights" in error and not (tmp_path / "a.png").exists()
+
+
+def test_pictures_are_told_with_their_repeats_and_extras_with_how_many_more(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    header = {"ss_num_train_images": "160", "ss_num_reg_images": "30"}
+    for number, more in ((5, None), (7, "2 more")):
+        extras = {f"stranger{index}": torch.zeros(1) for index in range(number)}
+        kohya.write(tmp_path / "a.safetensors", writers.flat(SOME), header)
+        tensors = safetensors.torch.load_file(tmp_path / "a.safetensors")
+        safetensors.torch.save_file({**tensors, **extras}, tmp_path / "a.safetensors", header)
+        assert main(["inspect", str(tmp_path / "a.safetensors")]) == 0
+        page = capsys.readouterr().out
+        assert re.search("pictures x repeats +160\n", page) and re.search("regularization x repeats +30\n", page)
+        assert ("more that belong to no layer" in page) == (more is not None) and (more or "") in page
+
+
 EVIL = "\x1b]0;owned\x07\x1b[2J\x9b2J\r\b\x7f\u202etxt.exe\u2028"
 
 

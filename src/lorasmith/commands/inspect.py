@@ -32,6 +32,7 @@ from lorasmith.report import draw_norms, norms_by_block
 
 _PICTURES = (".png", ".svg")
 _NUM_TAGS = 20
+_NUM_EXTRAS = 5  # that are on the page
 _NUM_ENTRIES = 30  # of metadata that are on the page
 _MAX_LETTERS = 90  # of a value on the page
 _MAX_LEVELS = 20  # of JSON in metadata
@@ -42,7 +43,7 @@ _SETTINGS = {
     "ss_output_name": "name", "ss_sd_model_name": "base model", "ss_base_model_version": "base version",
     "ss_network_module": "network", "ss_network_dim": "rank", "ss_network_alpha": "alpha",
     "ss_network_args": "network options", "ss_steps": "steps", "ss_max_train_steps": "steps wanted",
-    "ss_epoch": "epochs", "ss_num_train_images": "pictures", "ss_num_reg_images": "regularization pictures",
+    "ss_epoch": "epochs", "ss_num_train_images": "pictures x repeats", "ss_num_reg_images": "regularization x repeats",
     "ss_resolution": "resolution", "ss_batch_size_per_device": "batch size", "ss_learning_rate": "learning rate",
     "ss_unet_lr": "U-Net's", "ss_text_encoder_lr": "text encoder's", "ss_lr_scheduler": "schedule",
     "ss_optimizer": "optimizer", "ss_clip_skip": "clip skip", "ss_noise_offset": "noise offset",
@@ -66,7 +67,7 @@ def run(cfg: InspectConfig) -> int:
             facts = checkpoint_facts(checkpoint)
     if cfg.picture is not None:
         if not facts.get("norms"):
-            raise UserError(f"--picture: {cfg.file} has no changes of layers that could be drawn; leave it out.")
+            raise UserError(f"--picture: {_why_not_drawn(facts)}; leave it out.")
         with atomic_file(cfg.picture) as temporary:
             drawn = temporary.with_name(temporary.name + cfg.picture.suffix.lower())
             draw_norms(drawn, facts["norms"])
@@ -80,6 +81,15 @@ def run(cfg: InspectConfig) -> int:
         with atomic_file(Path(cfg.json_file)) as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")
     return 1 if facts["problems"] else 0
+
+
+def _why_not_drawn(facts: Mapping[str, Any]) -> str:
+    if unmeasured := facts.get("norms not known without the model"):
+        return (
+            f"the norms of {facts['file']} cannot be drawn ({_counts(unmeasured)}): the change depends on the base "
+            "model's weights"
+        )
+    return f"{facts['file']} has no changes of layers that could be drawn"
 
 
 def _check_outputs(cfg: InspectConfig) -> None:
@@ -98,7 +108,7 @@ def _check_outputs(cfg: InspectConfig) -> None:
 def lora_facts(lora: AnyLora) -> dict[str, Any]:
     """Return all that is known of a LoRA, as plain values."""
     layers = lora.layers()
-    ranks = [own["lora_down.weight"].shape[0] for own in layers.values() if "lora_down.weight" in own]
+    ranks = [rank for own in layers.values() if (rank := _rank(own)) is not None]
     alphas = [_number(own["alpha"]) for own in layers.values() if "alpha" in own]
     broken = [name for name, own in layers.items() if not all(map(_is_finite, own.values()))]
     zero = [name for name, own in layers.items() if name not in broken and _is_zero(own)]
@@ -133,6 +143,17 @@ def lora_facts(lora: AnyLora) -> dict[str, Any]:
         "advice": _advice(lora, broken),
         "metadata": _decoded(lora.metadata),
     }
+
+
+def _rank(own: Mapping[str, Tensor]) -> int | None:
+    """Return the rank of the products that a layer's change is made of; None where it is made of none."""
+    first = next((own[tail] for tail in _FIRST_SIDE_IS_RANK if tail in own), None)
+    if "a1.weight" in own:
+        return min(own["a1.weight"].shape, default=None)  # GLoRA's pairs are in either order
+    return None if first is None or not first.dim() else first.shape[0]
+
+
+_FIRST_SIDE_IS_RANK = ("lora_down.weight", "hada_w1_b", "lokr_w1_b", "lokr_w2_b")
 
 
 def _number(tensor: Tensor) -> float:
@@ -396,14 +417,17 @@ def _lora_page(facts: Mapping[str, Any]) -> list[str]:
         _line("what", f"LoRA for {FAMILIES[facts['family']]}; names: {facts['form']}"),
         _line("layers", f"{kinds}; {', '.join(parts)}"),
         _line("rank", _span(facts["rank"])),
-        _line("alpha", _span(facts["alpha"]) if facts["alpha"] else "not in the file: as the rank"),
+        *([_line("alpha", _alpha_told(facts))] if facts["rank"] or facts["alpha"] else []),
         _line("precision", _counts(facts["precision"])),
         *(_line("problem", problem) for problem in facts["problems"]),
     ]
     for title in ("layers with NaN or infinity", "layers that change nothing", "mended names"):
         if names := facts[title]:
             lines.append(_line("", f"{title}: {len(names):,}, such as {names[0]}"))
-    lines += [_line("extra", f"{name}: {what}") for name, what in list(facts["extras"].items())[:5]]
+    extras = list(facts["extras"].items())
+    lines += [_line("extra", f"{name}: {what}") for name, what in extras[:_NUM_EXTRAS]]
+    if len(extras) > _NUM_EXTRAS:
+        lines.append(_line("", f"and {len(extras) - _NUM_EXTRAS:,} more that belong to no layer, all in --json"))
     lines += [_line("note", note) for note in facts["notes"]]
     if facts["norms"]:
         top = max(facts["norms"].values()) or 1.0
@@ -414,10 +438,10 @@ def _lora_page(facts: Mapping[str, Any]) -> list[str]:
     if unmeasured := facts["norms not known without the model"]:
         lines += ["", _line("not measured", f"{_counts(unmeasured)}: the change depends on the base model's weights")]
     lines += ["", *(["training"] if facts["training"] else ["no metadata of a training"])]
-    lines += [f"  {title:<24}{_cut(value)}" for title, value in facts["training"].items()]
+    lines += [f"  {title:<26}{_cut(value)}" for title, value in facts["training"].items()]
     if facts["tags"]:
         told = ", ".join(f"{_cut(tag, 40)} {count}" for tag, count in facts["tags"].items())
-        lines += [f"  {'tags':<24}{facts['number of tags']:,}: {told}"]
+        lines += [f"  {'tags':<26}{facts['number of tags']:,}: {told}"]
     lines += _other_metadata(facts["metadata"])
     lines += ["", "hashes", *(f"  {name:<24}{value}" for name, value in facts["hashes"].items())]
     lines += ["", "programs (as of the versions named; newer ones may differ)"]
@@ -451,6 +475,10 @@ def _span(span: Mapping[str, float] | None) -> str:
     if span is None:
         return "none: other kinds of changes"
     return f"{span['from']:g}" if span["from"] == span["to"] else f"{span['from']:g} to {span['to']:g}"
+
+
+def _alpha_told(facts: Mapping[str, Any]) -> str:
+    return _span(facts["alpha"]) if facts["alpha"] else "not in the file: as the rank"
 
 
 def _counts(counts: Mapping[str, int]) -> str:
