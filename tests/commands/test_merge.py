@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import lorasmith.demo
 from lorasmith import merging, model_families
 from lorasmith.adapters.lora import LoRA
 from lorasmith.checkpoint import open_checkpoint
@@ -587,6 +588,17 @@ def test_verify_asks_for_a_model_that_can_be_run(
     assert "leave --verify out" in refused(capsys, *arguments, "--verify")
     assert main(["merge", *map(str, arguments)]) == 0  # merging itself needs no U-Net that runs here
     assert json.dumps(list(load_file(output))) == json.dumps(list(load_file(model)))
+
+
+def test_verify_refuses_beforehand_a_file_that_could_not_be_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A small model's structure is in its metadata, which a .ckpt has no place for."""
+    model = Path(lorasmith.demo.__file__).parent / "sd1-mini.safetensors"
+    lora, output = write_lora(tmp_path / "a.safetensors", model), tmp_path / "out.ckpt"
+    arguments = ["--model", model, "--lora", lora, "--output", output]
+    assert "leave --verify out" in refused(capsys, *arguments, "--verify") and not output.exists()
+    assert main(["merge", *map(str, arguments)]) == 0
 
 
 @pytest.mark.slow

@@ -21,8 +21,9 @@ from lorasmith.errors import UserError
 from lorasmith.formats.dialects import read_any
 from lorasmith.merging import Addition, Strength
 from lorasmith.model_families import AdapterPlace
+from lorasmith.models.sd import ARCHITECTURE_KEY
 from lorasmith.network import part_of
-from lorasmith.rewriting import check_output, check_space, rewrite, size_of
+from lorasmith.rewriting import TORCH_SUFFIXES, check_output, check_space, rewrite, size_of
 
 _NUM_SHOWN = 5
 
@@ -66,7 +67,7 @@ def _merge_into_model(cfg: MergeConfig, model: str, output: Path) -> int:
         _check_place(cfg, checkpoint, output)
         family, places, notes = model_families.adapter_places(checkpoint)
         if cfg.verify:
-            _check_can_be_verified(checkpoint)
+            _check_can_be_verified(checkpoint, output)
         strengths = zip(cfg.lora, _strengths(cfg, checkpoint), strict=True)
         additions = [merging.plan(path, family, places, strength) for path, strength in strengths]
         types = merging.dtypes(checkpoint, places, additions, cfg.save_precision)
@@ -124,13 +125,19 @@ def _check_place(cfg: MergeConfig, checkpoint: Checkpoint, output: Path) -> None
         raise UserError(f"--output {output} is a folder that holds no diffusers model; give another name.")
 
 
-def _check_can_be_verified(checkpoint: Checkpoint) -> None:
+def _check_can_be_verified(checkpoint: Checkpoint, output: Path) -> None:
     try:
         model_families.describe(checkpoint)
     except UserError as error:
         raise UserError(
             f"--verify runs the model, which cannot be done here: {error} Or leave --verify out."
         ) from error
+    if ARCHITECTURE_KEY in checkpoint.metadata and output.suffix.lower() in TORCH_SUFFIXES:
+        raise UserError(
+            f"--verify runs the model, and {output} could not be run: {checkpoint.path} is a small model, which tells its "
+            f"structure in its metadata, and a {output.suffix} has no place for these. Write a .safetensors, or "
+            "leave --verify out."
+        )
 
 
 def _told(addition: Addition) -> str:
