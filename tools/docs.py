@@ -9,7 +9,7 @@ from typing import Any
 from lorasmith import config
 from lorasmith.compat import entry
 from lorasmith.compat.scripts import SCRIPTS
-from lorasmith.compat.table import Script
+from lorasmith.compat.table import Flag, Script
 from lorasmith.config import COMMANDS, Option, Section
 from lorasmith.data.dataset_config import KEYS, Key
 
@@ -68,12 +68,16 @@ def _key_row(key: Key) -> str:
 def _with_scripts(text: str) -> str:
     """Return the page about sd-scripts' command lines with its tables made anew."""
     before, head, _ = text.partition("## The scripts\n")
-    return before + head + "".join(map(_script, SCRIPTS.values()))
+    by_flags: dict[tuple[Flag, ...], list[Script]] = {}
+    for script in SCRIPTS.values():
+        by_flags.setdefault(script.flags, []).append(script)
+    return before + head + "".join(map(_script, by_flags.values()))
 
 
-def _script(script: Script) -> str:
+def _script(alike: list[Script]) -> str:
+    script, names = alike[0], ", ".join(one.name for one in alike)
     rows = [f"| `{flag.name}` | {entry.told(script, flag).replace('|', chr(92) + '|')} |" for flag in script.flags]
-    lines = [f"### {script.name}", "", f"`lorasmith {script.command}`", "", "| option | here |", "|---|---|", *rows]
+    lines = [f"### {names}", "", f"`lorasmith {script.command}`", "", "| option | here |", "|---|---|", *rows]
     differences = [f"- {difference}" for difference in script.differences]
     return "\n".join(["", *lines, *([""] if differences else []), *differences, ""])
 

@@ -181,8 +181,31 @@ def test_a_table_is_whole_and_true(script: Script) -> None:
         assert entry.told(script, flag)
 
 
+GENERATION = (  # of December 2022, and what was added later
+    "--v2 --v_parameterization --prompt --from_file --interactive --no_preview --image_path --mask_path --strength "
+    "--images_per_prompt --outdir --sequential_file_name --use_original_file_name --n_iter --H --W --batch_size "
+    "--steps --sampler --scale --ckpt --vae --seed --iter_same_seed --fp16 --bf16 --xformers --diffusers_xformers "
+    "--opt_channels_last --network_module --network_weights --network_mul --network_dim --clip_skip "
+    "--max_embeddings_multiples --clip_guidance_scale --clip_image_guidance_scale --vgg16_guidance_scale "
+    "--vgg16_guidance_layer --guide_image_path --highres_fix_scale --highres_fix_steps --highres_fix_save_1st "
+    "--sdxl --v1 --zero_terminal_snr --pyramid_noise_prob --pyramid_noise_discount_range --noise_offset_prob "
+    "--noise_offset_range --from_module --prompter_module_args --original_height --original_width "
+    "--original_height_negative --original_width_negative --crop_top --crop_left --vae_batch_size --vae_slices "
+    "--no_half_vae --tokenizer_cache_dir --sdpa --shuffle_prompts --network_args --network_show_meta --network_merge "
+    "--network_merge_n_models --network_pre_calc --network_regional_mask_max_color_codes "
+    "--textual_inversion_embeddings --emb_normalize_mode --force_scheduler_zero_steps_offset --highres_fix_strength "
+    "--highres_fix_latents_upscaling --highres_fix_upscaler --highres_fix_upscaler_args "
+    "--highres_fix_disable_control_net --negative_scale --control_net_models --control_net_preps "
+    "--control_net_multipliers --control_net_ratios --control_net_lllite_models --clip_vision_strength --ds_depth_1 "
+    "--ds_timesteps_1 --ds_depth_2 --ds_timesteps_2 --ds_ratio --gradual_latent_timesteps --gradual_latent_ratio "
+    "--gradual_latent_ratio_step --gradual_latent_every_n_steps --gradual_latent_s_noise "
+    "--gradual_latent_unsharp_params"
+)
+
 # All options of each script in sd-scripts' versions from December 2022 to February 2026.
 OPTIONS = {
+    "gen_img_diffusers.py": GENERATION,
+    "gen_img.py": GENERATION,
     "networks/merge_lora.py": "--v2 --save_precision --precision --sd_model --save_to --models --ratios --no_metadata "
     "--concat --shuffle",
     "finetune/make_captions.py": "train_data_dir --caption_weights --caption_extention --caption_extension "

@@ -1,0 +1,325 @@
+"""gen_img_diffusers.py, today gen_img.py: pictures, by `lorasmith generate`. All options of December 2022 and today."""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lorasmith.compat.table import Flag, Script, Values
+from lorasmith.config import read_text
+from lorasmith.errors import UserError
+
+_GUIDANCE = "pictures are guided by their prompts alone; leave it out."
+_CONTROL_NET = "ControlNet is not built here; draw on from a picture with --image_path, or leave it out."
+_HIGHRES = (
+    "pictures are drawn in one pass here; for a second one give the first picture with --image_path, at a larger --W "
+    "and --H and a --strength of 0.5."
+)
+_DEEP_SHRINK = "Deep Shrink is not built here; draw small, and then larger with --image_path."
+_GRADUAL = "Gradual Latent is not built here; draw small, and then larger with --image_path."
+_SDXL = "it is for SDXL, and LoRAs here are for SD 1.x and 2.x; leave it out."
+_START_NOISE = "pictures begin in plain noise; leave it out."
+_ONE_BY_ONE = "nothing needs doing: pictures are encoded and decoded one by one"
+_READ = "nothing needs doing: it is read from the model's file"
+_FUSED = "torch's own fused attention, which is as fast and needs no further package"
+
+_MODULES = (
+    "networks.lora", "network.lora", "networks.lora_fa", "networks.dylora", "networks.loha", "networks.lokr",
+    "networks.oft", "lycoris.kohya",
+)  # fmt: skip
+_LINE_OPTIONS = {
+    "t": "give --strength, which is for all lines.",
+    "c": _GUIDANCE,
+    "nl": "the negative prompt has the scale of --l; leave it out.",
+    "am": "write <lora:name:0.5> before the options of the prompt, with the name of the LoRA's file.",
+    "f": "files are numbered; leave it out.",
+    **dict.fromkeys(("ow", "oh", "nw", "nh", "ct", "cl"), _SDXL),
+    **dict.fromkeys(("dsd1", "dst1", "dsd2", "dst2", "dsr"), _DEEP_SHRINK),
+    **dict.fromkeys(("glt", "glr", "gls", "gle", "glsn", "glus"), _GRADUAL),
+}
+_LINE_OPTION = re.compile(r"(?:^|\s)--(\w+)[ \t]*(\S*)")
+
+
+# ---- what takes more than one option to say -------------------------------------------------------------------------
+
+
+def _complete(given: Values) -> dict[str, Any]:
+    if ("prompt" in given) == ("from_file" in given):
+        raise UserError(
+            "--prompt and --from_file both say what to draw; leave out one of them."
+            if "prompt" in given
+            else 'missing: what to draw, --prompt "a photo of a cat" or --from_file prompts.txt'
+        )
+    _check_numbers(given)
+    values = {"precision": _precision(given), "size": _size(given), **_strengths(given)}
+    if "image_path" in given and "strength" not in given:
+        values["denoise"] = 0.8
+    if "images_per_prompt" in given or "n_iter" in given:
+        values["images"] = given.get("images_per_prompt", 1) * given.get("n_iter", 1)
+    return values
+
+
+def _check_numbers(given: Values) -> None:
+    """Refuse, by their old names, numbers of which `_complete` makes something else."""
+    for name in ("W", "H"):
+        if name in given and (given[name] < 8 or given[name] % 8):
+            raise UserError(f"--{name} {given[name]}: expected a multiple of 8.")
+    for name in ("images_per_prompt", "n_iter"):
+        if given.get(name, 1) < 1:
+            raise UserError(f"--{name} {given[name]}: expected a whole number above 0.")
+    for strength in given.get("network_mul") or []:
+        if not math.isfinite(strength):
+            raise UserError(f"--network_mul {strength}: expected a number.")
+
+
+def _precision(given: Values) -> str:
+    if "fp16" in given and "bf16" in given:
+        raise UserError("--fp16 and --bf16 contradict each other; leave out one of them.")
+    if "fp16" in given and not _lacks_fp16():
+        return "fp16"
+    return "bf16" if "bf16" in given else "fp32"
+
+
+def _lacks_fp16() -> bool:
+    from lorasmith.processes import choose_device  # with torch, which --help does not need
+
+    return choose_device("auto") == "cpu"
+
+
+def _size(given: Values) -> str | None:
+    """Return the size, or None for that of the picture that is drawn on from."""
+    if "image_path" in given and not ("W" in given and "H" in given):
+        return None
+    return f"{given.get('W', 512)},{given.get('H', 512)}"
+
+
+def _strengths(given: Values) -> dict[str, Any]:
+    modules, files = given.get("network_module") or [], given.get("network_weights") or []
+    for module in modules:
+        if module not in _MODULES:
+            raise UserError(f"--network_module {module}: expected one of {', '.join(_MODULES)}.")
+    if len(modules) != len(files):
+        raise UserError(
+            f"--network_module is given {len(modules)} modules and --network_weights {len(files)} files; give one "
+            "module, such as networks.lora, for each file."
+        )
+    strengths = given.get("network_mul") or []
+    if len(strengths) > len(files):
+        raise UserError(
+            f"--network_mul is given {len(strengths)} numbers for {len(files)} files of --network_weights; give at "
+            "most one for each."
+        )
+    return {"strength": [*strengths, *[1.0] * (len(files) - len(strengths))]} if strengths else {}
+
+
+def _notes(given: Values) -> list[str]:
+    notes = []
+    if "fp16" in given and _lacks_fp16():
+        notes.append("--fp16 needs a GPU, and there is none here: fp32 is taken.")
+    if "image_path" in given and ("W" in given) != ("H" in given):
+        notes.append("--W and --H do nothing alone with --image_path: pictures are of that one's size.")
+    return notes
+
+
+def _check(given: Values) -> None:
+    """Refuse what stands in a prompt and means something to sd-scripts alone."""
+    for line in _lines(given):
+        for name, value in _LINE_OPTION.findall(line):
+            if name in _LINE_OPTIONS:
+                raise UserError(f"prompt {line!r}: --{name} is refused: {_LINE_OPTIONS[name]}")
+            if name == "d" and "," in value:
+                raise UserError(
+                    f"prompt {line!r}: --d {value}: expected one seed, from which the pictures of a prompt count up."
+                )
+        if "{e$$" in line:
+            raise UserError(
+                f"prompt {line!r}: {{e$$...}} is not known here; `lorasmith generate --all-variants` draws all that "
+                "{a|b} stands for."
+            )
+
+
+def _lines(given: Values) -> list[str]:
+    if "prompt" in given:
+        return [given["prompt"]]
+    path = Path(given["from_file"]).expanduser()
+    if path.suffix.lower() != ".txt":
+        return []  # another form, with options by name; or refused
+    lines = [line.strip() for line in read_text(path).splitlines()]
+    return [line for line in lines if not line.startswith("#")]
+
+
+def _one(prompt: str) -> list[str]:
+    return [prompt]
+
+
+# ---- the table ------------------------------------------------------------------------------------------------------
+
+
+def _refused(names: str, refusal: str, *, many: bool = False) -> list[Flag]:
+    return [Flag(name, refusal=refusal, many=many) for name in names.split()]
+
+
+def _refused_switches(names: str, refusal: str) -> list[Flag]:
+    return [Flag(name, kind="switch", refusal=refusal) for name in names.split()]
+
+
+_MODEL = (
+    Flag("--ckpt", "base", kind="path"),
+    Flag("--vae", "vae", kind="path"),
+    Flag("--v1", kind="switch", note=_READ),
+    Flag("--v2", kind="switch", note=_READ),
+    Flag("--v_parameterization", "prediction", kind="switch", value="v_prediction"),
+    Flag("--sdxl", kind="switch", refusal=_SDXL),
+    Flag("--clip_skip", "clip_skip", kind="integer"),
+    Flag("--zero_terminal_snr", "zero_terminal_snr", kind="switch"),
+    Flag("--textual_inversion_embeddings", "embeddings", kind="path", many=True),
+    Flag("--tokenizer_cache_dir", kind="path", note="nothing needs doing: the tokenizer is a part of lorasmith"),
+)
+
+_PROMPTS = (
+    Flag("--prompt", "prompt", convert=_one),
+    Flag("--from_file", "prompts", kind="path"),
+    Flag(
+        "--interactive",
+        kind="switch",
+        refusal="prompts are not asked for while it runs; give --prompt, or several in a file with --from_file.",
+    ),
+    Flag("--no_preview", kind="switch", note="nothing needs doing: no window shows the pictures"),
+    *_refused("--from_module --prompter_module_args", "prompts come from --prompt or --from_file; write such a file."),
+    Flag("--shuffle_prompts", kind="switch", note="nothing needs doing: their order changes no picture"),
+    Flag(
+        "--max_embeddings_multiples",
+        kind="integer",
+        note="nothing needs doing: prompts of any length are taken as a whole",
+    ),
+    Flag(
+        "--emb_normalize_mode",
+        choices=("original", "none", "abs"),
+        note="weights in prompts always act as with none: nothing is scaled back after them",
+    ),
+)
+
+_PICTURES = (
+    Flag("--W", kind="integer", becomes="`--size`; left out: 512, or as --image_path is"),
+    Flag("--H", kind="integer", becomes="`--size`; left out: 512, or as --image_path is"),
+    Flag("--steps", "steps", kind="integer", default=50),
+    Flag("--scale", "guidance", kind="number", default=7.5),
+    Flag("--sampler", "sampler", default="ddim"),
+    Flag("--seed", "seed", kind="integer"),
+    Flag("--iter_same_seed", kind="switch", note="nothing needs doing: all prompts begin with the same seed"),
+    Flag("--images_per_prompt", kind="integer", becomes="`--images`, times --n_iter"),
+    Flag("--n_iter", kind="integer", becomes="`--images`, times --images_per_prompt"),
+    Flag("--batch_size", "batch_size", kind="integer"),
+    Flag("--image_path", "init", kind="path"),
+    Flag("--mask_path", "mask", kind="path", needs=("image_path",)),
+    Flag("--strength", "denoise", kind="number", becomes="left out: 0.8", needs=("image_path",)),
+    Flag("--outdir", "output", kind="path", default="outputs"),
+    Flag("--sequential_file_name", "name", kind="switch", value="im_{number}"),
+    Flag(
+        "--use_original_file_name",
+        kind="switch",
+        refusal="it writes over what lies in --outdir; leave it out: --image_path names one picture only.",
+    ),
+)
+
+_NETWORK = (
+    Flag("--network_module", many=True, becomes="one for each file; of what kind a LoRA is, its file says"),
+    Flag("--network_weights", "lora", kind="path", many=True),
+    Flag("--network_mul", kind="number", many=True, becomes="`--strength`; left out: 1"),
+    Flag("--network_dim", kind="integer", many=True, note="nothing needs doing: it is read from the LoRA's file"),
+    Flag("--network_args", many=True, note="nothing needs doing: what a LoRA is, is read from its file"),
+    Flag(
+        "--network_show_meta", kind="switch", note="nothing is shown here: `lorasmith inspect` tells what is in a LoRA"
+    ),
+    Flag("--network_merge", "fold", kind="switch"),
+    Flag("--network_pre_calc", "fold", kind="switch"),
+    Flag(
+        "--network_merge_n_models",
+        kind="integer",
+        note="nothing needs doing: attached LoRAs draw the same pictures; --network_merge folds all of them",
+    ),
+    *_refused("--network_regional_mask_max_color_codes", "LoRAs act on the whole picture; leave it out."),
+)
+
+_MACHINE = (
+    Flag("--fp16", kind="switch", becomes="`--precision fp16`; left out, or without a GPU: fp32"),
+    Flag("--bf16", kind="switch", becomes="`--precision bf16`; left out: fp32"),
+    Flag("--xformers", "attention", kind="switch", value="sdpa", note=_FUSED),
+    Flag("--diffusers_xformers", "attention", kind="switch", value="sdpa", note=_FUSED),
+    Flag("--sdpa", "attention", kind="switch", value="sdpa"),
+    Flag("--opt_channels_last", kind="switch", note="nothing needs doing: it changes no picture"),
+    Flag("--vae_batch_size", kind="number", note=_ONE_BY_ONE),
+    Flag("--vae_slices", kind="integer", note=_ONE_BY_ONE),
+    Flag(
+        "--no_half_vae", kind="switch", note="nothing needs doing: the VAE computes in fp32, where it never overflows"
+    ),
+)
+
+_OTHERS = (
+    *_refused("--negative_scale", "the negative prompt has the scale of --scale; leave it out."),
+    *_refused_switches(
+        "--force_scheduler_zero_steps_offset", "samplers begin where diffusers' own for these models do; leave it out."
+    ),
+    *_refused(
+        "--pyramid_noise_prob --pyramid_noise_discount_range --noise_offset_prob --noise_offset_range", _START_NOISE
+    ),
+    *_refused(
+        "--original_height --original_width --original_height_negative --original_width_negative --crop_top "
+        "--crop_left",
+        _SDXL,
+    ),
+    *_refused(
+        "--clip_guidance_scale --clip_image_guidance_scale --vgg16_guidance_scale --vgg16_guidance_layer "
+        "--clip_vision_strength",
+        _GUIDANCE,
+    ),
+    *_refused("--guide_image_path", "there is no guidance by pictures, and no ControlNet; leave it out.", many=True),
+    *_refused(
+        "--highres_fix_scale --highres_fix_steps --highres_fix_strength --highres_fix_upscaler "
+        "--highres_fix_upscaler_args",
+        _HIGHRES,
+    ),
+    *_refused_switches(
+        "--highres_fix_save_1st --highres_fix_latents_upscaling --highres_fix_disable_control_net", _HIGHRES
+    ),
+    *_refused(
+        "--control_net_models --control_net_preps --control_net_multipliers --control_net_ratios "
+        "--control_net_lllite_models",
+        _CONTROL_NET,
+        many=True,
+    ),
+    *_refused("--ds_depth_1 --ds_timesteps_1 --ds_depth_2 --ds_timesteps_2 --ds_ratio", _DEEP_SHRINK),
+    *_refused(
+        "--gradual_latent_timesteps --gradual_latent_ratio --gradual_latent_ratio_step "
+        "--gradual_latent_every_n_steps --gradual_latent_s_noise --gradual_latent_unsharp_params",
+        _GRADUAL,
+    ),
+)
+
+_SCRIPT = Script(
+    "gen_img_diffusers.py",
+    "generate",
+    (*_MODEL, *_PROMPTS, *_PICTURES, *_NETWORK, *_MACHINE, *_OTHERS),
+    complete=_complete,
+    notes=_notes,
+    check=_check,
+    differences=(
+        "The same seed draws another picture than in sd-scripts. Each prompt begins with `--seed`, and its other "
+        "pictures count up; sd-scripts draws a seed for each picture from it, where there is more than one.",
+        "`--n_iter 3` draws three times as many pictures of each prompt, all of one prompt before the next.",
+        "Prompts are taken whole, however long; sd-scripts cuts them at 75 tokens unless `--max_embeddings_multiples` "
+        "is given. Weights such as `(word:1.3)` act fully, as with `--emb_normalize_mode none`.",
+        "A line may hold `--n`, `--w`, `--h`, `--s`, `--d` with one seed, `--l`, and `--ss` for the sampler. Others "
+        "are refused; in place of `--am` write `<lora:name:0.5>` before the options. "
+        "[All that may stand in a prompt](generate.md#prompts); `AND` sums what the parts predict, and of `{a|b}` each "
+        "picture draws one.",
+        "`--from_file` ends in .txt (or .toml or .json); a line that begins with # is none.",
+        "With `--image_path`, one file, the picture is cut to `--W` and `--H`, not distorted, and else keeps its size "
+        "to a multiple of 8, not 32. The mask has the picture's size. The prompt is not read from the picture.",
+        "Files are `00001-SEED.png`, with `--sequential_file_name` `im_00001.png`; numbers go on after the highest "
+        "that is there, and nothing is replaced. Their text is what WebUI reads, with the hashes of model and LoRAs.",
+    ),
+)
+SCRIPTS: Sequence[Script] = (_SCRIPT, replace(_SCRIPT, name="gen_img.py"))
