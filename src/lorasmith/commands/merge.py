@@ -134,8 +134,8 @@ def _check_can_be_verified(checkpoint: Checkpoint, output: Path) -> None:
         ) from error
     if ARCHITECTURE_KEY in checkpoint.metadata and output.suffix.lower() in TORCH_SUFFIXES:
         raise UserError(
-            f"--verify runs the model, and {output} could not be run: {checkpoint.path} is a small model, which tells its "
-            f"structure in its metadata, and a {output.suffix} has no place for these. Write a .safetensors, or "
+            f"--verify runs the model, and {output} could not be run: {checkpoint.path} is a small model, which tells "
+            f"its structure in its metadata, and a {output.suffix} has no place for these. Write a .safetensors, or "
             "leave --verify out."
         )
 
