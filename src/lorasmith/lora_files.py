@@ -67,7 +67,7 @@ class Contents:
     Args:
         layers: low-rank matrices, by saved name.
         wholes: the other changes, by saved name.
-        kinds: how many layers are of which kind of change in the file.
+        kinds: how many of the low-rank matrices are of which kind of change in the file.
     """
 
     layers: dict[str, Layer]
@@ -84,9 +84,9 @@ class Contents:
 
     def told(self) -> list[str]:
         """Return lines for a person on what is no LoRA in the file, and what becomes of it."""
-        others = {kind: count for kind, count in self.kinds.items() if kind not in ("LoRA", "full", "norm")}
+        others = {kind: count for kind, count in self.kinds.items() if kind not in ("LoRA", "full")}
         lines = [f"  {count} {kind} layers become LoRA, which is exact" for kind, count in others.items()]
-        if full := self.kinds["full"] + self.kinds["norm"] - len(self.wholes):
+        if full := self.kinds["full"]:
             lines.append(f"  {full} full differences become LoRA of the rank that they have")
         if self.wholes:
             lines.append(f"  {len(self.wholes)} changes of norms, embeddings, or weight and bias stay whole")
@@ -122,16 +122,16 @@ def contents_of(file: AnyLora) -> Contents:
             f"{file.path} is a LoRA for {FAMILIES[file.family]}; expected is one for Stable Diffusion 1.x or 2.x."
         )
     tensors_by_layer = dict(sorted(file.layers().items()))
-    kinds = Counter(str(kind_of(own)) for own in tensors_by_layer.values())
     needy = [name for name, own in tensors_by_layer.items() if kind_of(own) in NEED_BASE or "dora_scale" in own]
     if needy:
+        kinds = Counter(str(kind_of(own)) for own in tensors_by_layer.values())
         told = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
         raise UserError(
             f"{file.path} ({told}): what {len(needy)} of its layers change depends on the model's own weights "
             f"({_shorten(needy)}), so it is no sum of LoRAs. Merge it into the model (lorasmith merge --model), and "
             "take the result as a LoRA again (lorasmith extract) if you need one."
         )
-    contents = Contents({}, {}, kinds)
+    contents = Contents({}, {}, Counter())
     problems: list[str] = []
     for name, own in tensors_by_layer.items():
         try:
@@ -141,6 +141,7 @@ def contents_of(file: AnyLora) -> Contents:
             continue
         if isinstance(one, Layer):
             contents.layers[name] = one
+            contents.kinds[str(kind_of(own))] += 1
         else:
             contents.wholes[name] = one
     _refuse_damaged(file.path, problems, len(tensors_by_layer))

@@ -109,6 +109,17 @@ def test_changes_of_norms_embeddings_and_biases_are_added_as_they_are(
     assert_changes(tensors, *parts)
 
 
+def test_what_stays_whole_is_counted_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A change of an embedding is whole, of whatever kind it is."""
+    save_file(make("loha", [POSITIONS, TE]) | make("full", [TO_K]), "a.safetensors")
+    merge("--lora", "a.safetensors")
+    assert [line for line in capsys.readouterr().out.split("\n") if line.startswith("  ")] == [
+        "  1 LoHa layers become LoRA, which is exact",
+        "  1 full differences become LoRA of the rank that they have",
+        "  1 changes of norms, embeddings, or weight and bias stay whole",
+    ]
+
+
 def test_resize_takes_files_of_every_program_and_kind(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     loha = make("loha", [TE, CONV]) | make("norm", [NORM])
     save_file(loha, "loha.safetensors")
