@@ -279,6 +279,12 @@ BAD: dict[str, tuple[str, Callable[[Path], Path]]] = {
         "is not JSON",
         lambda p: writers.diffusers(p, {A_LAYER: LAYERS[A_LAYER]}, {"lora_adapter_metadata": "{"}),
     ),
+    "an alpha in the header that is no number": (
+        "expected is a number",
+        lambda p: writers.diffusers(
+            p, {A_LAYER: LAYERS[A_LAYER]}, {"lora_adapter_metadata": '{"unet.lora_alpha": "x"}'}
+        ),
+    ),
     "PEFT of another kind": ("of PEFT's kinds", lambda p: writers.peft(p.parent, LAYERS, {"peft_type": "IA3"})),
 }  # fmt: skip
 
@@ -286,8 +292,9 @@ BAD: dict[str, tuple[str, Callable[[Path], Path]]] = {
 @pytest.mark.parametrize("name", BAD)
 def test_what_is_wrong_is_told(tmp_path: Path, name: str) -> None:
     says, make = BAD[name]
-    with pytest.raises(UserError, match=re.escape(says)):
+    with pytest.raises(UserError, match=re.escape(says)) as told:
         read_any(make(tmp_path / "bad.safetensors"))
+    assert str(tmp_path) in str(told.value)
     assert not Path("/tmp/lorasmith-was-attacked").exists()
 
 

@@ -71,4 +71,4 @@ def test_without_a_configuration_alpha_is_the_rank_and_that_is_said(tmp_path: Pa
 @pytest.mark.parametrize("alpha", ["8", True, float("nan")])
 def test_an_alpha_that_is_no_number_is_told(alpha: object) -> None:
     with pytest.raises(UserError, match="expected is a number"):
-        peft.alpha_of({"lora_alpha": alpha}, "lora_unet_x", 4)
+        peft.alpha_of(Path("a"), {"lora_alpha": alpha}, "lora_unet_x", 4)

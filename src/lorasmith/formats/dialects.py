@@ -275,19 +275,19 @@ def _alphas(
 ) -> tuple[Callable[[str, int], float | None], list[str]]:
     """Return what tells a layer's alpha from its rank, where that lies beside the tensors."""
     if dialect == "diffusers":
-        configs = peft.configs_in_header(metadata)
+        configs = peft.configs_in_header(path, metadata)
         found = {"lora_unet": configs.get("unet", {}), "lora_te": configs.get("text_encoder", {})}
-        return _alpha_from(found), []
+        return _alpha_from(path, found), []
     if dialect == "peft":
         config, note = peft.config_beside(path)
-        return _alpha_from({"lora_unet": config, "lora_te": config}), [note] if note else []
+        return _alpha_from(path, {"lora_unet": config, "lora_te": config}), [note] if note else []
     return (lambda _layer, _rank: None), []
 
 
-def _alpha_from(configs: Mapping[str, Mapping[str, Any]]) -> Callable[[str, int], float | None]:
+def _alpha_from(path: Path, configs: Mapping[str, Mapping[str, Any]]) -> Callable[[str, int], float | None]:
     def alpha(layer: str, rank: int) -> float | None:
         config = next((config for start, config in configs.items() if layer.startswith(start)), {})
-        return peft.alpha_of(config, layer, rank)
+        return peft.alpha_of(path, config, layer, rank)
 
     return alpha
 

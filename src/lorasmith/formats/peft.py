@@ -43,12 +43,16 @@ def config_beside(path: Path) -> tuple[dict[str, Any], str]:
     return config, ""
 
 
-def configs_in_header(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Return the configuration of each component as diffusers writes it: `{"unet.lora_alpha": 8, ...}`."""
+def configs_in_header(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Return the configuration of each component as diffusers writes it: `{"unet.lora_alpha": 8, ...}`.
+
+    Raises:
+        UserError: it is not JSON.
+    """
     try:
         flat = json.loads(metadata.get(HEADER_KEY, "{}"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"the header's {HEADER_KEY} is not JSON ({error}); get the file again.") from error
+        raise UserError(f"{path}: the header's {HEADER_KEY} is not JSON ({error}); get the file again.") from error
     configs: dict[str, dict[str, Any]] = {}
     for name, value in flat.items() if isinstance(flat, dict) else ():
         part, _, option = name.partition(".")
@@ -56,7 +60,7 @@ def configs_in_header(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     return configs
 
 
-def alpha_of(config: Mapping[str, Any], layer: str, rank: int) -> float | None:
+def alpha_of(path: Path, config: Mapping[str, Any], layer: str, rank: int) -> float | None:
     """Return a layer's alpha for the scale alpha / rank, or None where the configuration says none.
 
     Patterns are matched as names, not as expressions: from the end, at a word's border.
@@ -75,7 +79,7 @@ def alpha_of(config: Mapping[str, Any], layer: str, rank: int) -> float | None:
     if alpha is None:
         return None
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-        raise UserError(f"alpha of {layer} is {alpha!r} in {CONFIG} or the header; expected is a number.")
+        raise UserError(f"{path}: alpha of {layer} is {alpha!r} in {CONFIG} or the header; expected is a number.")
     return alpha * math.sqrt(rank) if config.get("use_rslora") is True else float(alpha)
 
 
