@@ -15,12 +15,13 @@ NUMBERS = [signal.SIGINT, signal.SIGTERM]
 
 @pytest.fixture(autouse=True)
 def handlers_come_back() -> Iterator[None]:
-    before = [signal.getsignal(number) for number in NUMBERS]
+    usual = [signal.default_int_handler, signal.SIG_DFL]
+    before = [signal.signal(number, handler) for number, handler in zip(NUMBERS, usual, strict=True)]
     yield
     after = [signal.getsignal(number) for number in NUMBERS]
-    for number, handler in zip(NUMBERS, before, strict=True):
+    for number, handler in zip(NUMBERS, before, strict=True):  # a shell's background jobs ignore Ctrl+C
         signal.signal(number, handler)
-    assert after == before
+    assert after == usual
 
 
 def test_nobody_asked_nothing_is_noted() -> None:
