@@ -120,4 +120,13 @@ def test_an_output_replaces_nothing_unasked(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=expected):
             check_output(output, [source], overwrite=overwrite)
     assert check_output(there, [source], overwrite=True) == there
+    inside = folder / "unet" / "adapter_model.safetensors"
+    inside.parent.mkdir()
+    inside.write_bytes(b"read with its folder")
+    beside = tmp_path / "in_txt.pt"
+    beside.write_bytes(b"read with in.pt")
+    for output, read in [(inside, folder), (beside, tmp_path / "in.pt")]:
+        with pytest.raises(UserError, match="is what is read"):
+            check_output(output, [read], overwrite=True)
+    assert check_output(folder / "new.safetensors", [folder], overwrite=True)
     assert check_output(tmp_path / "new" / "a.pt", [source], overwrite=False).name == "a.pt"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lorasmith.adapters.lora import LoRA
 from lorasmith.errors import UserError
-from lorasmith.formats import kohya
+from lorasmith.formats import cloneofsimo, kohya
 from lorasmith.formats.dialects import FAMILIES, AnyLora, kind_of
 from lorasmith.lowrank import Factors, decompose
 from lorasmith.models.keys import sd as keys
@@ -344,7 +344,7 @@ def check_output(output: Path | None, inputs: Sequence[Path], *, overwrite: bool
         raise UserError(
             f"--output: {output} is a folder; give the name of a file in it, such as {output / output.name}"
         )
-    if any(path.exists() and output.exists() and path.samefile(output) for path in inputs):
+    if output.exists() and any(_is_read_with(path, output) for path in inputs):
         raise UserError(f"--output: {output} is what is read; give another name, so that it stays.")
     if output.exists() and not overwrite:
         raise UserError(f"--output: {output} exists already; give another name, or --overwrite to replace it.")
@@ -352,6 +352,14 @@ def check_output(output: Path | None, inputs: Sequence[Path], *, overwrite: bool
     if not parent.is_dir():
         raise UserError(f"--output: {parent} is a file, so nothing can be written into it; give another folder.")
     return output
+
+
+def _is_read_with(path: Path, file: Path) -> bool:
+    """Return whether a file is read where `path` is given: itself, in that folder, or the text encoder's beside it."""
+    if path.is_dir():
+        return path.resolve() in file.resolve().parents
+    files = [path, *(cloneofsimo.sidecar(path, program) for program in cloneofsimo.SIDECARS)]
+    return any(own.exists() and own.samefile(file) for own in files)
 
 
 def save(
