@@ -75,6 +75,7 @@ def test_what_stands_under_prompt_holds_for_all(tmp_path: Path) -> None:
         ("a --s 0", "from 1 to 1000"),
         ("a --l -1", "at least 0"),
         ("a --fs 3", "for models that cannot be trained here"),
+        ("a --am 0.8,0.5", "<lora:name:0.8>"),
         ("a --zzz", "There are --n (negative)"),
     ],
 )

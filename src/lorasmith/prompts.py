@@ -88,7 +88,7 @@ _TABLE: tuple[tuple[str, str, str, Callable[[Any], Any]], ...] = (
 _BY_OPTION = {option: (field, read) for option, _, field, read in _TABLE}
 _BY_KEY = {"prompt": ("text", _text), **{key: (field, read) for _, key, field, read in _TABLE}}
 _WRITTEN_OUT = {name: option for option, key, field, _ in _TABLE for name in (key, field)}
-_FOR_OTHERS = {"g", "cn", "ctr", "rcfg", "fs", "am", "of"}  # sd-scripts' options for other models and ControlNet
+_FOR_OTHERS = {"g", "cn", "ctr", "rcfg", "fs", "of"}  # sd-scripts' options for other models and ControlNet
 
 
 def parse(line: str) -> Prompt:
@@ -171,6 +171,8 @@ def _entry(entry: Any) -> Prompt:
 def _unknown_option(name: str) -> str:
     if name in _FOR_OTHERS:
         return f"--{name} is for models that cannot be trained here; leave it out."
+    if name == "am":
+        return "--am, sd-scripts' strength of each LoRA, is written into the prompt here: <lora:name:0.8>."
     near = difflib.get_close_matches(name.lower().replace("-", "_"), [*_WRITTEN_OUT, *_BY_OPTION], n=1)
     hint = f"did you mean --{_WRITTEN_OUT.get(near[0], near[0])}? " if near else ""
     names = ", ".join(f"--{option} ({field})" for option, _, field, _ in _TABLE)
