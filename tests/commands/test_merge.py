@@ -503,7 +503,7 @@ MISTAKES = {
     "block weights that are no numbers": (["--block-weights", "1,all"], "expected numbers with commas"),
     "nothing left": (["--ratio", "0"], "would change nothing: all of its 264 layers have the factor 0"),
     "an unknown precision": (["--precision", "fp8"], "expected one of float, fp16, bf16"),
-    "a folder from a file": (["--output", "{dir}/out"], "ends in .safetensors or .ckpt"),
+    "a folder from a file": (["--output", "{dir}/out"], "lorasmith convert makes a folder"),
     "a file from a folder": (["--model", "{folder}"], "is one too; give the name of a folder"),
     "the base itself": (["--output", "{model}", "--overwrite"], "which is read; give another name"),
     "the LoRA itself": (["--output", "{lora}", "--overwrite"], "which is read; give another name"),
