@@ -57,13 +57,13 @@ def check_output(checkpoint: Checkpoint, output: Path) -> None:
     if checkpoint.format == "diffusers":
         if suffix in _WEIGHT_SUFFIXES:
             raise UserError(
-                f"--output {output}: {checkpoint.path} is a diffusers folder, and what becomes of it is one too; give "
-                f"the name of a folder, such as {output.with_suffix('')}; lorasmith convert makes one file of it then."
+                f"--output {output}: expected is the name of a folder, such as {output.with_suffix('')}, or of a file "
+                "that ends in .safetensors or .ckpt."
             )
     elif suffix not in (".safetensors", *TORCH_SUFFIXES):
         raise UserError(
-            f"--output {output}: {checkpoint.path} is one file, and what becomes of it is one too; give a name that "
-            f"ends in .safetensors or .ckpt, such as {output}.safetensors; lorasmith convert makes a folder of it then."
+            f"--output {output}: expected is a name that ends in .safetensors or .ckpt, such as {output}.safetensors, "
+            "or one without an ending for a diffusers folder."
         )
 
 

@@ -480,6 +480,41 @@ def test_overwrite_replaces_a_file_and_a_model_folder(models: Any, loras: dict[s
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.safetensors"]
 
 
+@pytest.mark.parametrize("family", ["sd1", "sd2"])
+@pytest.mark.parametrize(
+    ("layout", "name"), [("diffusers", "out.safetensors"), ("diffusers", "out.ckpt"), ("safetensors", "out")]
+)
+def test_a_folder_becomes_a_file_and_a_file_a_folder_by_the_outputs_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], family: str, layout: str, name: str
+) -> None:
+    (tmp_path / "models").mkdir()
+    prediction = "v_prediction" if family == "sd2" else None
+    model = write_tiny(tmp_path / "models" / f"base{SUFFIX[layout]}", family, layout=layout, prediction=prediction)
+    lora = write_lora(tmp_path / "lora.safetensors", model)
+    own, other = tmp_path / f"own{SUFFIX[layout]}", tmp_path / name
+    verify = () if name == "out.ckpt" else ("--verify",)  # a miniature's structure is in a header alone
+    assert merge(model, lora, output=other, options=verify) == 0
+    assert ("verify: U-Net" in capsys.readouterr().out) == bool(verify)
+    assert merge(model, lora, output=own) == 0
+    to = "diffusers" if layout == "safetensors" else "checkpoint"
+    converted = tmp_path / f"converted{other.suffix}"
+    assert main(["convert", str(own), "--to", to, "--output", str(converted)]) == 0
+    wanted, found = tensors_of(converted), tensors_of(other)
+    assert found.keys() == wanted.keys() and all(torch.equal(found[key], tensor) for key, tensor in wanted.items())
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"models", "lora.safetensors", own.name, other.name, converted.name}
+
+
+def test_a_model_that_cannot_be_converted_without_more_is_not_merged_first(
+    models: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = models["sd2", "safetensors"]  # it does not say what it predicts
+    lora = write_lora(tmp_path / "lora.safetensors", model)
+    assert merge(model, lora, output=tmp_path / "out") == 2
+    assert "lorasmith convert's option" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["lora.safetensors"]
+
+
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
 
@@ -503,8 +538,10 @@ MISTAKES = {
     "block weights that are no numbers": (["--block-weights", "1,all"], "expected numbers with commas"),
     "nothing left": (["--ratio", "0"], "would change nothing: all of its 264 layers have the factor 0"),
     "an unknown precision": (["--precision", "fp8"], "expected one of float, fp16, bf16"),
-    "a folder from a file": (["--output", "{dir}/out"], "lorasmith convert makes a folder"),
-    "a file from a folder": (["--model", "{folder}"], "is one too; give the name of a folder"),
+    "an unknown ending": (["--output", "{dir}/out.txt"], "expected is a name that ends in .safetensors or .ckpt"),
+    "an unknown ending for a folder": (
+        ["--model", "{folder}", "--output", "{dir}/out.onnx"], "expected is the name of a folder"
+    ),
     "the base itself": (["--output", "{model}", "--overwrite"], "which is read; give another name"),
     "the LoRA itself": (["--output", "{lora}", "--overwrite"], "which is read; give another name"),
     "an output that exists": (["--output", "{there}"], "exists already"),

@@ -7,14 +7,16 @@ All is checked before anything is written, and the result takes its place when i
 """
 
 import math
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from lorasmith import lora_files, lora_merging, merging, model_families
+from lorasmith import lora_files, lora_merging, merging, model_conversion, model_families
 from lorasmith.checkpoint import Checkpoint, open_checkpoint
 from lorasmith.config import MergeConfig
 from lorasmith.errors import UserError
@@ -64,22 +66,64 @@ def _merge_loras(cfg: MergeConfig, output: Path) -> int:
 
 def _merge_into_model(cfg: MergeConfig, model: str, output: Path) -> int:
     with open_checkpoint(model) as checkpoint:
-        _check_place(cfg, checkpoint, output)
+        form = _form_of(checkpoint, output)
+        _check_place(cfg, checkpoint, output, form)
         family, places, notes = model_families.adapter_places(checkpoint)
         if cfg.verify:
             _check_can_be_verified(checkpoint, output)
         strengths = zip(cfg.lora, _strengths(cfg, checkpoint), strict=True)
         additions = [merging.plan(path, family, places, strength) for path, strength in strengths]
         types = merging.dtypes(checkpoint, places, additions, cfg.save_precision)
-        check_space(output, size_of(checkpoint, types))
+        check_space(output, size_of(checkpoint, types) * (2 if form else 1))
         for addition in additions:
             print(_told(addition))
         change = merging.changing(places, additions, types, cfg.precision)
-        notes += rewrite(checkpoint, output, types, change)
+        if form:
+            notes += _rewrite_and_convert(checkpoint, output, form, partial(rewrite, dtypes=types, change=change))
+        else:
+            notes += rewrite(checkpoint, output, types, change)
         for note in notes:
             print(f"note: {note}")
         print(f"{output}: {len(types)} of {len(checkpoint.names())} tensors changed, all others are as they were")
         return _verify(checkpoint, output, places, additions, types, cfg.precision) if cfg.verify else 0
+
+
+def _form_of(checkpoint: Checkpoint, output: Path) -> str:
+    """Return the other form that the output's name asks for, `checkpoint` or `diffusers`; "" for the model's own.
+
+    Raises:
+        UserError: the model cannot be converted without more being said.
+    """
+    is_folder = checkpoint.format == "diffusers"
+    if is_folder and output.suffix.lower() in (".safetensors", *TORCH_SUFFIXES):
+        form = "checkpoint"
+    elif not is_folder and not output.suffix:
+        form = "diffusers"
+    else:
+        return ""
+    try:
+        model_conversion.prepare(checkpoint, form, output, prediction=None, precision=None)
+    except UserError as error:
+        raise UserError(
+            f"{error} That is lorasmith convert's option: convert the model first, or give --output the model's form."
+        ) from error
+    return form
+
+
+def _rewrite_and_convert(
+    checkpoint: Checkpoint, output: Path, form: str, rewritten: Callable[[Checkpoint, Path], list[str]]
+) -> list[str]:
+    """Write the merged model in its own form beside the output, and that in the other form; return notes."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
+        own = Path(folder, "merged" + (".safetensors" if form == "diffusers" else ""))
+        notes = rewritten(checkpoint, own)
+        with open_checkpoint(own) as merged:
+            ready = model_conversion.prepare(merged, form, output, prediction=None, precision=None)
+            model_conversion.write(output, ready)
+    if ready.unknown:
+        notes.append(f"left out, {len(ready.unknown):,} tensors of no known use: {_shorten(ready.unknown)}")
+    return [*notes, *ready.notes, f"{checkpoint.path} has another form; every tensor was read back from {output}."]
 
 
 def _strengths(cfg: MergeConfig, checkpoint: Checkpoint) -> list[Strength]:
@@ -106,9 +150,10 @@ def _block_weights(text: str, checkpoint: Checkpoint) -> dict[str, float]:
         raise UserError(f"--block-weights {text}: {error}.") from error
 
 
-def _check_place(cfg: MergeConfig, checkpoint: Checkpoint, output: Path) -> None:
+def _check_place(cfg: MergeConfig, checkpoint: Checkpoint, output: Path, form: str) -> None:
     """Refuse an output of the wrong kind, and one that would replace something that is still wanted."""
-    check_output(checkpoint, output)
+    if not form:
+        check_output(checkpoint, output)
     target = output.resolve()
     for path in (checkpoint.path, *cfg.lora):
         given = path.resolve()
@@ -118,7 +163,7 @@ def _check_place(cfg: MergeConfig, checkpoint: Checkpoint, output: Path) -> None
         return
     if not cfg.overwrite:
         raise UserError(f"--output {output} exists already; give another name, or --overwrite to replace it.")
-    if output.is_dir() != (checkpoint.format == "diffusers"):
+    if output.is_dir() != (form == "diffusers" or (not form and checkpoint.format == "diffusers")):
         kind = "a folder" if output.is_dir() else "a file"
         raise UserError(f"--output {output} is {kind}, and would be replaced by something else; give another name.")
     if output.is_dir() and any(output.iterdir()) and not (output / "model_index.json").is_file():
