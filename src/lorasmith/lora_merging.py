@@ -20,6 +20,7 @@ from lorasmith.formats.dialects import AnyLora
 from lorasmith.formats.kohya import LoraFile
 from lorasmith.lora_files import Contents, Kept, Layer, Whole, dim_metadata
 from lorasmith.lowrank import Factors, concatenate, decompose_product
+from lorasmith.models.keys.sd import TITLES
 from lorasmith.network import part_of
 from lorasmith.progress import counted
 
@@ -27,7 +28,6 @@ Ratios = Mapping[str, float]  # by the model's part: `unet` and `text_encoder`
 Files = Sequence[LoraFile] | Sequence[AnyLora]
 
 MERGED_KEY = "lorasmith.merged"
-_TITLES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x"}
 _VERSIONS = {"sd1": {"ss_v2": "False", "ss_base_model_version": "sd_v1"}, "sd2": {"ss_v2": "True"}}
 
 
@@ -128,7 +128,7 @@ def check_families(files: Files) -> None:
     """Refuse LoRAs for different model families (a UserError)."""
     known = {file.family: file for file in files if file.family != "unknown"}
     if len(known) > 1:
-        named = " and ".join(f"{file.path} is for {_TITLES[family]}" for family, file in sorted(known.items()))
+        named = " and ".join(f"{file.path} is for {TITLES[family]}" for family, file in sorted(known.items()))
         raise UserError(
             f"{named}: these have text encoders of different width (768 and 1024) and depth, so that a change of one "
             "fits no layer of the other. Merge LoRAs of one family."

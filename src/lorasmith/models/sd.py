@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 ARCHITECTURE_KEY = "lorasmith.architecture"
 LATENT_SCALE = 0.18215  # the latents' standard deviation is about 1 after it
-_TITLES: dict[Family, str] = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x"}
 _TEXT_HEADS: dict[Family, int] = {"sd1": 12, "sd2": 16}
 _PAD: dict[Family, int] = {"sd1": tokenizer.END, "sd2": 0}
 _V_PREDICTION_NAMES = ("768-v", "v2-1_768", "768v")  # how the known SD2 files that predict v are called
@@ -282,8 +281,8 @@ def describe(
     family = layout.family
     if v2 is not None and v2 != (family == "sd2"):
         raise UserError(
-            f"{checkpoint.path} is {_TITLES[family]} by its text encoder, but --v2 {str(v2).lower()} says that it is "
-            f"{_TITLES['sd2' if v2 else 'sd1']}; leave --v2 out, or give the model that you mean."
+            f"{checkpoint.path} is {keys.TITLES[family]} by its text encoder, but --v2 {str(v2).lower()} says that it "
+            f"is {keys.TITLES['sd2' if v2 else 'sd1']}; leave --v2 out, or give the model that you mean."
         )
     found, notes = _find_prediction(checkpoint, family, prediction)
     is_v = found == "v_prediction"
@@ -301,7 +300,7 @@ def describe(
     }
     return ModelFacts(
         family=family,
-        title=_TITLES[family],
+        title=keys.TITLES[family],
         prediction=found,
         notes=notes,
         resolution=resolution,
@@ -590,8 +589,8 @@ def _check_text_layers(path: Path, family: Family) -> None:
     if (found := _config(path, "text_encoder").get("num_hidden_layers", own)) != own:
         raise UserError(
             f"{path}: its text encoder takes the output of layer {found} (num_hidden_layers in its config.json), and "
-            f"{_TITLES[family]} that of layer {own}: here, and in the original form, it would be another model. If it "
-            f"was not trained so, write {own} there; weights of later layers are then left unused."
+            f"{keys.TITLES[family]} that of layer {own}: here, and in the original form, it would be another model. If "
+            f"it was not trained so, write {own} there; weights of later layers are then left unused."
         )
 
 

@@ -28,7 +28,8 @@ def trained_places(
         UserError: none is left.
     """
     network, start = cfg.network, _PATTERNS[cfg.network.train]
-    has_convolutions = trains_convolutions(network) or any(map(is_convolutional, in_weights))
+    asks_for_convolutions = network.conv_rank is not None or bool(network.conv_block_ranks)
+    has_convolutions = asks_for_convolutions or any(map(is_convolutional, in_weights))
     found = {
         name: place
         for name, place in sorted(places.items())
@@ -42,11 +43,6 @@ def trained_places(
             "block_ranks and block_lr leave no layer that is trained: all numbers are 0; give one of them another."
         )
     return found
-
-
-def trains_convolutions(network: NetworkSection) -> bool:
-    """Return whether the options ask for adapters on convolutions."""
-    return network.conv_rank is not None or bool(network.conv_block_ranks)
 
 
 def is_convolutional(name: str) -> bool:

@@ -30,11 +30,10 @@ from lorasmith.training_run.loading import DTYPES
 from lorasmith.training_run.objective import objective_line
 from lorasmith.training_run.own_words import own_word_lines
 from lorasmith.training_run.preparation import Preparation, one_or_each, output_folder
-from lorasmith.training_run.rates import rate_lines
+from lorasmith.training_run.rates import PART_TITLES, rate_lines
 from lorasmith.training_run.samples import sample_lines
 
 _ENCODED_TITLES: dict[Encoded, str] = {"latents": "latents", "text": "text embeddings"}
-_PART_TITLES = {"text_encoder": "text encoder", "unet": "U-Net"}
 
 
 def describe_plan(cfg: TrainConfig, ready: Preparation, processes: Processes) -> str:
@@ -52,7 +51,7 @@ def describe_plan(cfg: TrainConfig, ready: Preparation, processes: Processes) ->
         "network": [
             f"{', '.join([network.adapter, *network.adapter_options, *_rank_words(cfg, ready)])}: "
             f"{len(ready.shapes)} modules "
-            f"({', '.join(f'{count} {_PART_TITLES[part]}' for part, count in parts.items())}), "
+            f"({', '.join(f'{count} {PART_TITLES[part]}' for part, count in parts.items())}), "
             f"{num_values / 1e6:.2f} M values"
             + (f", starting from {network.weights}, which fits" if network.weights else "")
         ],

@@ -29,6 +29,7 @@ from lorasmith.errors import UserError
 from lorasmith.formats import embeddings
 from lorasmith.formats.dialects import AnyLora, read_any
 from lorasmith.hub import check_upload
+from lorasmith.models.keys.sd import TITLES
 from lorasmith.network import Network, Rule, adapter_class, check_ranks, group_by_module, part_of
 from lorasmith.output_folder import OutputFolder, check_free
 from lorasmith.processes import Processes
@@ -48,7 +49,6 @@ from lorasmith.training_state import (
 )
 
 _DEFAULT_STEPS = 1600  # the document's scripts' own
-_FAMILY_TITLES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x"}
 
 
 @dataclass(frozen=True)
@@ -355,7 +355,7 @@ def _check_weights(
     """
     path = network.weights
     if lora.family not in (facts.family, "unknown"):
-        title = _FAMILY_TITLES.get(lora.family, lora.family.upper())
+        title = TITLES.get(lora.family, lora.family.upper())
         raise UserError(
             f"--weights {path} is a LoRA for {title}, but the base model is {facts.title}; "
             "give a LoRA that was trained for this base model, or the base model that it was trained for."

@@ -11,7 +11,7 @@ from lorasmith.lr import Schedule, chart
 from lorasmith.network import PartRate
 from lorasmith.optimizers.base import Choice, choose
 
-_PART_TITLES = {"text_encoder": "text encoder", "unet": "U-Net"}
+PART_TITLES = {"text_encoder": "text encoder", "unet": "U-Net"}
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def rate_lines(rates: Rates, options: OptimizerSection, schedule: Schedule) -> l
     """Say for the plan how fast what is learned, and draw the schedule where it changes."""
     optimizer = rates.optimizer
     arguments = f" ({', '.join(options.optimizer_args)})" if options.optimizer_args else ""
-    parts = ", ".join(_part_line(_PART_TITLES[part], rate) for part, rate in rates.parts.items())
+    parts = ", ".join(_part_line(PART_TITLES[part], rate) for part, rate in rates.parts.items())
     lines = [
         f"{parts}, {optimizer.name}{arguments}, {schedule.name} after {schedule.warmup_steps} steps of warm-up",
         *optimizer.notes,

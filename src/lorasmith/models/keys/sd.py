@@ -19,6 +19,7 @@ NUM_LAYERS = 2  # resnets of a level on the way down; one more on the way up
 NUM_TEXT_LAYERS: dict[Family, int] = {"sd1": 12, "sd2": 23}  # SD2 takes the output of its 24-layer encoder's 23rd
 NUM_OPENCLIP_LAYERS = 24
 NUM_POSITIONS = 77
+TITLES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x"}
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
