@@ -549,6 +549,9 @@ MISTAKES = {
     "a LoRA of the other family": (["--lora", "{sd2}"], "is a LoRA for SD 2.x, and the model is SD 1.x"),
     "a LoRA of another width": (["--lora", "{narrow}"], "does not fit the model: 1 of 264 layers"),
     "a LoRA as the model": (["--model", "{lora}"], "is a LoRA, not a base model"),
+    "a LoRA as the model for a folder": (
+        ["--model", "{lora}", "--output", "{dir}/out"], "goes to --lora (merge, generate) or --weights (train).\n"
+    ),
     "a model as the LoRA": (["--lora", "{model}"], "is a whole model"),
     "a LoRA that is not there": (["--lora", "{dir}/none.safetensors"], "there is no such file"),
     "a LoRA with NaN": (["--lora", "{nan}"], "holds NaN or infinity (lora_"),

@@ -66,9 +66,9 @@ def _merge_loras(cfg: MergeConfig, output: Path) -> int:
 
 def _merge_into_model(cfg: MergeConfig, model: str, output: Path) -> int:
     with open_checkpoint(model) as checkpoint:
+        family, places, notes = model_families.adapter_places(checkpoint)
         form = _form_of(checkpoint, output)
         _check_place(cfg, checkpoint, output, form)
-        family, places, notes = model_families.adapter_places(checkpoint)
         if cfg.verify:
             _check_can_be_verified(checkpoint, output)
         strengths = zip(cfg.lora, _strengths(cfg, checkpoint), strict=True)
