@@ -1,8 +1,10 @@
 """The report: everything given stands in it, whatever it is made of, and every picture it shows exists."""
 
 import random
+import re
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from hypothesis import given
@@ -113,6 +115,19 @@ def test_the_curve_shows_the_losses(tmp_path: Path) -> None:
     one = curve([(step, 0.1) for step in range(20)])
     assert one == curve([(step, 0.1) for step in range(20)])
     assert one != curve([(step, 0.1 * step) for step in range(20)])
+
+
+def test_each_learning_rate_is_a_curve(tmp_path: Path) -> None:
+    rates = {"text encoder: 0.0001": [(1, 0.0001), (2, 5e-5)], "U-Net: 0.001": [(1, 0.001), (2, 5e-4)]}
+    page = Page(write_report(tmp_path / "with", contents(rates=rates)))
+    assert page.links == ["loss.png", "rates.svg", "norms.png"]
+    drawing = (tmp_path / "with" / "rates.svg").read_text(encoding="utf-8")
+    assert ElementTree.fromstring(drawing).tag.endswith("svg") and all(name in drawing for name in rates)
+    first, second = (re.findall(r'<path d="M ([\d.]+) ([\d.]+)\s+L ([\d.]+) ([\d.]+)\s+" clip-path', drawing))[-2:]
+    falls = [float(y_2) - float(y_1) for _, y_1, _, y_2 in (first, second)]
+    assert falls[1] == pytest.approx(10 * falls[0], rel=1e-3) and falls[0] > 0  # y points down
+    write_report(tmp_path / "without", contents())
+    assert not (tmp_path / "without" / "rates.svg").exists()
 
 
 def test_a_report_is_written_anew_in_its_place(tmp_path: Path) -> None:

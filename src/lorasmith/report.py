@@ -29,6 +29,7 @@ _ON_VALIDATION = (
     "other still falls, the pictures are being learned by heart, and an earlier file may be the better one."
 )
 
+_RATES = '<h2>Learning rate</h2><img src="rates.svg" alt="learning rate over steps">\n'
 _NUM_NAMED, _NUM_LISTED = 8, 30  # held-out pictures named in the chart, and in the table
 
 
@@ -39,7 +40,7 @@ class ReportContents:
     summary: plain sentences for the top. settings: section -> option -> value. losses: (step, loss), steps from 1.
     before, after: pictures of `prompts` without and with the LoRA, in their order. norms: module name -> Frobenius
     norm of its delta. files: (file name, what it is for). validation: (step, loss) of the held-out pictures.
-    pictures: (step, loss) of each of these, by its name.
+    pictures: (step, loss) of each of these, by its name. rates: (step, learning rate) of what learns at it, by name.
     """
 
     title: str
@@ -50,6 +51,7 @@ class ReportContents:
     files: Sequence[tuple[str, str]]
     validation: Sequence[tuple[int, float]] = field(default_factory=list)
     pictures: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
+    rates: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
     prompts: Sequence[str] = field(default_factory=list)
     before: Sequence[Image.Image] = field(default_factory=list)
     after: Sequence[Image.Image] = field(default_factory=list)
@@ -61,6 +63,8 @@ def write_report(folder: Path, contents: ReportContents) -> Path:
     _draw_losses(folder / "loss.png", contents.losses, contents.validation)
     if contents.pictures:
         _draw_pictures(folder / "held-out.png", contents.pictures)
+    if contents.rates:
+        _draw_rates(folder / "rates.svg", contents.rates)
     draw_norms(folder / "norms.png", norms_by_block(contents.norms))
     if contents.after:
         rows = [("before", contents.before)] if contents.before else []
@@ -144,6 +148,18 @@ def _draw_pictures(path: Path, pictures: Mapping[str, Sequence[tuple[int, float]
     figure.savefig(path)
 
 
+def _draw_rates(path: Path, rates: Mapping[str, Sequence[tuple[int, float]]]) -> None:
+    figure, axes = _figure(9, 2.2)
+    for name, rate in rates.items():
+        axes.plot(*zip(*rate, strict=True), linewidth=1.8, label=name)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("step")
+    axes.set_ylabel("learning rate")
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, metadata={"Date": None})
+
+
 def _by_rise(pictures: Mapping[str, Sequence[tuple[int, float]]]) -> list[str]:
     """Return the pictures' names: first those whose loss rose most from its lowest value to the last one."""
 
@@ -190,7 +206,7 @@ def _page(contents: ReportContents) -> str:
 <h2>Loss</h2>
 <p>{_ON_LOSSES}{_ON_VALIDATION if contents.validation else ""}</p>
 <img src="loss.png" alt="loss over steps">
-{_held_out(contents.pictures)}<h2>What was learned where</h2>
+{_held_out(contents.pictures)}{_RATES if contents.rates else ""}<h2>What was learned where</h2>
 <p>Norm of the weight update per block (text encoder, then U-Net). All zero means nothing was learned.</p>
 <img src="norms.png" alt="norm of the update per block">
 <h2>Settings</h2><div class="settings">{"".join(_section(*section) for section in contents.settings.items())}</div>

@@ -88,8 +88,9 @@ class StepResult:
 class Stepper:
     """Takes optimizer steps; owns the gradient scaler that fp16 needs.
 
+    `base_rates` are the learning rates of the optimizer's groups before the schedule's multiplier.
+
     Args:
-        base_rates: learning rate of each of the optimizer's groups before the schedule's multiplier.
         max_grad_norm: 0 turns clipping off.
         regularizers: of the adapters; None: none.
     """
@@ -110,7 +111,7 @@ class Stepper:
         self._regularizers = regularizers
         self._model, self._parameters, self._optimizer = model, list(parameters), optimizer
         self._processes, self.encode, self.objective, self._max_grad_norm = processes, encode, objective, max_grad_norm
-        self._base_rates = [group["lr"] for group in optimizer.param_groups]
+        self.base_rates = [group["lr"] for group in optimizer.param_groups]
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=is_fp16)
 
     def step(
@@ -148,7 +149,7 @@ class Stepper:
         return total.item()
 
     def _update(self, rate_multiplier: float) -> int | None:
-        for group, rate in zip(self._optimizer.param_groups, self._base_rates, strict=True):
+        for group, rate in zip(self._optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = rate * rate_multiplier
         self.scaler.unscale_(self._optimizer)
         if self._max_grad_norm:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from lorasmith.cli import main
+from lorasmith.report import ReportContents
 from lorasmith.training_run import session
 from tests.commands.test_train_options import Place
 
@@ -44,6 +45,34 @@ def test_the_plan_draws_the_schedule(place: Place) -> None:
     chart = [line for line in drawn.splitlines() if " |" in line]
     assert len(chart) == 5 and sum(line.count("*") for line in chart) == 60
     assert not [line for line in place.train("--dry-run").printed.splitlines() if " |" in line]
+
+
+def test_the_report_draws_the_rate_of_all_that_learns(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[ReportContents] = []
+    monkeypatch.setattr(session, "write_report", lambda folder, contents: given.append(contents) or folder)
+    blocks = ["--block-lr", *[1] * 12, 0.5, *[1] * 12]
+    options = ["--steps", 3, "--lr-schedule", "linear", "--text-encoder-lr", 0.002, "--unet-lora-plus-ratio", 4]
+    result = place.train(*options, *blocks)
+    shares = [1, 2 / 3, 1 / 3]
+    expected = {
+        "text encoder, U-Net (half that begins at zero): 0.002": 0.002, "U-Net: 0.001": 0.001, "U-Net: 0.0005": 0.0005,
+        "U-Net (half that begins at zero): 0.004": 0.004,
+    }  # fmt: skip
+    (contents,) = given
+    assert {name: dict(rates) for name, rates in contents.rates.items()} == {
+        name: pytest.approx({step: rate * share for step, share in enumerate(shares, 1)})
+        for name, rate in expected.items()
+    }
+    assert result.logged("lr") == pytest.approx([0.004 * share for share in shares])
+    assert "1 of the U-Net's 25 blocks at 0.5 times its rate" in result.plan
+    place.train("--train", "text_encoder", "--optimizer", "adafactor", "--optimizer-args", "relative_step=True")
+    assert given[1].rates == {} and "of the U-Net's 25" not in place.train("--dry-run").plan
+
+
+def test_the_plan_tells_of_an_average(place: Place) -> None:
+    plan = place.train("--dry-run", "--ema-decay", 0.99).plan
+    assert "average saved, drawn and validated is the moving average of the LoRA over some 100 steps" in plan
+    assert "moving average" not in place.train("--dry-run").plan
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from lorasmith.training_run.loading import DTYPES
 from lorasmith.training_run.objective import objective_line
 from lorasmith.training_run.own_words import own_word_lines
 from lorasmith.training_run.preparation import Preparation, one_or_each, output_folder
-from lorasmith.training_run.rates import PART_TITLES, rate_lines
+from lorasmith.training_run.rates import PART_TITLES, average_lines, rate_lines
 from lorasmith.training_run.samples import sample_lines
 
 _ENCODED_TITLES: dict[Encoded, str] = {"latents": "latents", "text": "text embeddings"}
@@ -74,6 +74,7 @@ def describe_plan(cfg: TrainConfig, ready: Preparation, processes: Processes) ->
             f"{'es' * (plan.num_processes > 1)} x {plan.gradient_accumulation} accumulated",
         ],
         "rates": rate_lines(ready.rates, cfg.optimizer, ready.schedule),
+        "average": average_lines(cfg.training.ema_decay),
         "loss": [line] if (line := objective_line(cfg)) else [],
         "memory": [
             f"{ready.precision} on {processes.device}; "

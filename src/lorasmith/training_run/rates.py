@@ -1,6 +1,6 @@
 """How fast a run learns: its optimizer, the learning rate of each part, and what both make of the schedule."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -79,11 +79,43 @@ def rate_lines(rates: Rates, options: OptimizerSection, schedule: Schedule) -> l
         f"{parts}, {optimizer.name}{arguments}, {schedule.name} after {schedule.warmup_steps} steps of warm-up",
         *optimizer.notes,
     ]
+    if slowed := [factor for factor in options.block_lr if factor not in (0, 1)]:
+        factors = " to ".join(f"{factor:g}" for factor in sorted({min(slowed), max(slowed)}))
+        lines.append(f"{len(slowed)} of the U-Net's 25 blocks at {factors} times its rate")
     if optimizer.finds_rate:
         lines.append(f"{optimizer.name} finds its own learning rate, and multiplies it by this one, usually 1")
     if optimizer.owns_rate:
         lines.append(f"{optimizer.name} makes its own learning rate (relative_step); this one has no part in it")
     return lines + (chart(schedule) if schedule.name != "constant" or schedule.warmup_steps else [])
+
+
+def rate_curves(
+    groups: Iterable[tuple[str, float]], schedule: Schedule, steps: int
+) -> dict[str, list[tuple[int, float]]]:
+    """Return the learning rate after each of a run's steps, by what learns at it; (step, rate), steps from 1.
+
+    Args:
+        groups: the optimizer's, each by its name and its rate before the schedule; those of one rate are one curve.
+    """
+    names: dict[float, dict[str, None]] = {}
+    for name, rate in groups:
+        part, _, half = name.partition("/")
+        names.setdefault(rate, {})[PART_TITLES[part] + (" (half that begins at zero)" if half else "")] = None
+    shape = [schedule.multiplier(step) for step in range(steps)]
+    return {
+        f"{', '.join(own)}: {rate:g}": [(step, rate * share) for step, share in enumerate(shape, 1)]
+        for rate, own in names.items()
+    }
+
+
+def average_lines(decay: float | None) -> list[str]:
+    """Say for the plan that what is saved is an average, if it is."""
+    if decay is None:
+        return []
+    return [
+        f"saved, drawn and validated is the moving average of the LoRA over some {1 / (1 - decay):.4g} steps "
+        f"(ema_decay {decay:g}), which takes as much memory again as the LoRA; training goes on without it"
+    ]
 
 
 def _part_line(title: str, rate: PartRate) -> str:

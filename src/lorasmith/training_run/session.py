@@ -39,6 +39,7 @@ from lorasmith.trackers import Trackers
 from lorasmith.training import LossNotFiniteError, Stepper
 from lorasmith.training_run.about import file_advice, file_metadata, now
 from lorasmith.training_run.preparation import Preparation, output_folder
+from lorasmith.training_run.rates import rate_curves
 from lorasmith.training_run.resuming import OF_ONE_START, with_whole_paths
 from lorasmith.training_run.sharing import model_card_of, run_id, shared_options
 from lorasmith.training_state import (
@@ -415,6 +416,7 @@ class Session:
             settings=settings,
             losses=self.losses.losses,
             validation=[] if self.validation_losses is None else self.validation_losses.losses,
+            rates=self._rates(),
             norms=norms,
             files=[*file_advice(path, self.folder, self.ready.facts), *self._best()],
             pictures=self._picture_losses(),
@@ -422,6 +424,13 @@ class Session:
             before=before,
             after=after,
         )
+
+    def _rates(self) -> dict[str, list[tuple[int, float]]]:
+        """Return the learning rate over the steps that were taken, where it has a part in them."""
+        if self.ready.rates.optimizer.owns_rate:
+            return {}
+        names = [group["name"] for group in self.optimizer.param_groups]
+        return rate_curves(zip(names, self.stepper.base_rates, strict=True), self.ready.schedule, self.done)
 
     def _picture_losses(self) -> dict[str, list[tuple[int, float]]]:
         """Return the (step, loss) of each held-out picture, by its name."""
