@@ -186,6 +186,8 @@ def test_a_run_does_not_go_on_with_another_optimizer(place: Place, capsys: pytes
         (["--optimizer", "prodigy", "--lora-plus-ratio", "4"], "prodigy makes one learning rate for all that is"),
         (["--optimizer", "schedule_free_sgd", "--lr-schedule", "cosine"], "needs no schedule, but lr_schedule = cosin"),
         (["--optimizer", "schedule_free_sgd", "--ema-decay", "0.9"], "saves an average of the weights by itself"),
+        (["--optimizer", "schedule_free_sgd", "--max-norm", "1"], "so max_norm would hold back others than are saved"),
+        (["--optimizer", "schedule_free_adamw", "--product-decay", "1"], "so product_decay would hold back others"),
         (
             ["--optimizer", "adafactor", "--optimizer-args", "relative_step=True", "--lr-warmup-steps", "3"],
             "makes its own learning rate (relative_step), but lr_schedule = constant with 3 steps of warm-up",

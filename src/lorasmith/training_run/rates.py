@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lorasmith.config import OptimizerSection, TrainConfig
+from lorasmith.config import NetworkSection, OptimizerSection, TrainConfig
 from lorasmith.errors import UserError
 from lorasmith.lr import Schedule, chart
 from lorasmith.network import PartRate
@@ -43,7 +43,22 @@ def decide_rates(cfg: TrainConfig, parts: Collection[str], schedule: Schedule, d
     }
     rates = Rates(optimizer, learning_rate, {part: rate for part, rate in all_parts.items() if part in parts})
     _check(rates, options, schedule, has_average=cfg.training.ema_decay is not None)
+    if optimizer.averages:
+        _check_limits(cfg.network, optimizer.name)
     return rates
+
+
+def _check_limits(network: NetworkSection, name: str) -> None:
+    """Refuse what is done to the weights after a step where an optimizer makes these anew from others of its own.
+
+    A limit would be held by the weights that are trained, while the others run away, and with them what is saved.
+    """
+    limits = [option for option in ("max_norm", "product_decay") if getattr(network, option)]
+    if limits:
+        raise UserError(
+            f"--optimizer {name} trains on other weights than it saves, so {' and '.join(limits)} would hold back "
+            f"others than are saved; leave {'it' if len(limits) == 1 else 'them'} out, or take another optimizer."
+        )
 
 
 def _check(rates: Rates, options: OptimizerSection, schedule: Schedule, *, has_average: bool) -> None:
