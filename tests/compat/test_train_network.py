@@ -159,6 +159,39 @@ def test_an_option_reaches_its_place_with_a_value_that_is_taken(flag: Flag) -> N
     config.build(config.TrainConfig, entry.nested(values))
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["min_snr_gamma", "v_pred_like_loss", "noise_offset", "multires_noise_iterations", "ip_noise_gamma",
+     "scale_weight_norms", "network_alpha", "save_n_epoch_ratio", "sample_every_n_steps", "sample_every_n_epochs"],
+)  # fmt: skip
+def test_a_nought_turns_off_what_it_turns_off_there(name: str) -> None:
+    others = [BASE, "--network_dim=4", "--learning_rate=1e-4"]
+    values = translate(*others, f"--{name}=0")
+    config.build(config.TrainConfig, entry.nested(values))
+    assert values == translate(*others)
+
+
+def test_a_learning_rate_of_nought_is_that_of_parts_without_their_own() -> None:
+    both = {"optimizer.learning_rate": None, "optimizer.unet_lr": 1e-4, "optimizer.text_encoder_lr": 0.0}
+    found = translate(BASE, "--learning_rate=0", "--unet_lr=1e-4")
+    assert {place: found.get(place) for place in both} == both
+    config.build(config.TrainConfig, entry.nested(found))
+    alone = translate(BASE, "--learning_rate=0", "--unet_lr=1e-4", "--network_train_unet_only")
+    config.build(config.TrainConfig, entry.nested(alone))
+
+
+def test_what_is_refused_may_be_there_without_a_value(tmp_path: Path) -> None:
+    """As a user interface writes it down."""
+    file = tmp_path / "ui.toml"
+    file.write_text(
+        'network_module = "networks.lora"\nlr_scheduler_args = []\nnetwork_args = []\noptimizer_args = []\n'
+        'wandb_api_key = ""\nloss_type = "l2"\nhuber_c = 0.1\nhuber_schedule = "snr"\nlr_scheduler = "cosine"\n'
+        "lr_scheduler_num_cycles = 1\nlr_scheduler_power = 1\nnoise_offset = 0\ntext_encoder_lr = [1e-4]\n"
+        "max_token_length = 75\nmax_timestep = 1000\nprior_loss_weight = 1\nmin_bucket_reso = 256\n"
+    )
+    config.build(config.TrainConfig, entry.nested(translate("--config_file", str(file))))
+
+
 @pytest.mark.parametrize("flag", [flag for flag in SCRIPT.flags if flag.needs], ids=lambda flag: flag.key)
 def test_an_option_that_does_nothing_alone_is_left_out_with_a_note(flag: Flag) -> None:
     given = entry.read(SCRIPT, [BASE, *words_for(flag)])

@@ -62,8 +62,8 @@ def read(script: Script, arguments: Sequence[str]) -> dict[str, Any]:
         given = _parse(parser, script, [*_words_in(script, path), *arguments])
         given.pop(_CONFIG_FILE.key)
     flags = {flag.key: flag for flag in script.flags}
-    for key in given:
-        if refusal := flags[key].refusal:
+    for key, value in given.items():
+        if (refusal := flags[key].refusal) and value not in ("", []):  # which a user interface may write down
             raise UserError(f"{flags[key].name} is refused: {refusal}")
     return given
 
@@ -197,6 +197,8 @@ def translate(script: Script, given: Values) -> dict[str, Any]:
         if not flag.place or given.get(flag.key) is None or flag.is_idle(given):
             continue
         value = _converted(flag, given[flag.key])
+        if value is None:
+            continue
         if values.setdefault(flag.place, value) != value:
             other = source[flag.place].name if flag.place in source else "another option"
             raise UserError(f"{flag.name} and {other} contradict each other; leave out one of them.")

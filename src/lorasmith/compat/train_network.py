@@ -58,6 +58,7 @@ def _complete(given: Values) -> dict[str, Any]:
         **network_args.values(given),
         **_parts(given),
         **_optimizer(given),
+        **_rates(given),
         **_schedule(given),
         **_data(given),
         **_samples(given),
@@ -110,6 +111,12 @@ def _words(value: str | None) -> list[str]:
     return [value] if value else []
 
 
+def _rates(given: Values) -> dict[str, Any]:
+    """Return the rate of parts that have none of their own, where that is 0, which the others' cannot be."""
+    parts = ("unet_lr", "text_encoder_lr")
+    return {f"optimizer.{part}": 0.0 for part in parts if given.get("learning_rate") == 0 and not given.get(part)}
+
+
 def _schedule(given: Values) -> dict[str, Any]:
     """Return the schedule with those of its numbers that are other than lorasmith's where they are left out."""
     name = given.get("lr_scheduler", "constant")
@@ -145,11 +152,11 @@ def _data(given: Values) -> dict[str, Any]:
 
 def _samples(given: Values) -> dict[str, Any]:
     """Draw when sd-scripts would: not before and after training unless that is asked for."""
-    is_periodic = "sample_every_n_steps" in given or "sample_every_n_epochs" in given
+    is_periodic = bool(given.get("sample_every_n_steps") or given.get("sample_every_n_epochs"))
     values: dict[str, Any] = {"samples.before_after": "sample_prompts" in given and not is_periodic}
-    if "sample_every_n_epochs" in given:  # wins over steps
-        return values | {"samples.sample_every_epochs": given["sample_every_n_epochs"]}
-    return values | _taken(given, sample_every_n_steps="samples.sample_every_steps")
+    if epochs := given.get("sample_every_n_epochs"):  # wins over steps
+        return values | {"samples.sample_every_epochs": epochs}
+    return values | {"samples.sample_every_steps": given.get("sample_every_n_steps") or None}
 
 
 def _taken(given: Values, **places: str) -> dict[str, Any]:
@@ -173,6 +180,11 @@ def _notes(given: Values) -> list[str]:
     if given.get("lr_scheduler", "").startswith("adafactor"):
         notes.append("--lr_scheduler adafactor: nothing needs doing: Adafactor has its own rates, or those given.")
     return notes
+
+
+def _unless_zero(number: float) -> float | None:
+    """Return the number, and nothing for the 0 that sd-scripts takes for left out."""
+    return number or None
 
 
 def _first(values: Sequence[float]) -> float:
@@ -206,12 +218,12 @@ _NETWORK = (
         becomes="`--adapter`: networks.lora, or lycoris.kohya with its algorithms; others are refused",
     ),
     Flag("--network_dim", "network.rank", kind="integer"),
-    Flag("--network_alpha", "network.alpha", kind="number"),
+    Flag("--network_alpha", "network.alpha", kind="number", convert=_unless_zero),
     Flag("--network_args", many=True, becomes="the arguments below"),
     Flag("--network_weights", "network.weights", kind="path"),
     Flag("--dim_from_weights", kind="switch", note="nothing needs doing: starting weights bring their ranks"),
     Flag("--network_dropout", "network.neuron_dropout", kind="number"),
-    Flag("--scale_weight_norms", "network.max_norm", kind="number"),
+    Flag("--scale_weight_norms", "network.max_norm", kind="number", convert=_unless_zero),
     Flag("--network_train_unet_only", kind="switch", becomes="`--train unet`"),
     Flag("--network_train_text_encoder_only", kind="switch", becomes="`--train text_encoder`"),
 )
@@ -285,7 +297,7 @@ _OPTIMIZER = (
     Flag("--optimizer_args", many=True, becomes="`--optimizer-args`; Adafactor's get relative_step=True, as there"),
     Flag("--use_8bit_adam", kind="switch", becomes="`--optimizer adamw8bit`"),
     Flag("--use_lion_optimizer", kind="switch", becomes="`--optimizer lion`"),
-    Flag("--learning_rate", "optimizer.learning_rate", kind="number"),
+    Flag("--learning_rate", "optimizer.learning_rate", kind="number", convert=_unless_zero),
     Flag("--unet_lr", "optimizer.unet_lr", kind="number"),
     Flag("--text_encoder_lr", "optimizer.text_encoder_lr", kind="number", many=True, convert=_first),
     Flag("--max_grad_norm", "optimizer.max_grad_norm", kind="number"),
@@ -312,21 +324,21 @@ _LOSS = (
     Flag("--huber_schedule", "loss.huber_schedule", choices=("constant", "exponential", "snr"), needs=("loss_type",)),
     Flag("--huber_c", "loss.huber_c", kind="number", needs=("loss_type",)),
     Flag("--huber_scale", "loss.huber_scale", kind="number", needs=("huber_schedule",)),
-    Flag("--min_snr_gamma", "loss.min_snr_gamma", kind="number"),
+    Flag("--min_snr_gamma", "loss.min_snr_gamma", kind="number", convert=_unless_zero),
     Flag("--debiased_estimation_loss", "loss.debiased_estimation", kind="switch"),
     Flag("--scale_v_pred_loss_like_noise_pred", "loss.scale_v_pred_loss", kind="switch"),
-    Flag("--v_pred_like_loss", "loss.v_pred_like_loss", kind="number"),
+    Flag("--v_pred_like_loss", "loss.v_pred_like_loss", kind="number", convert=_unless_zero),
     Flag("--zero_terminal_snr", "loss.zero_terminal_snr", kind="switch"),
     Flag("--min_timestep", "loss.min_timestep", kind="integer"),
     Flag("--max_timestep", "loss.max_timestep", kind="integer"),
-    Flag("--noise_offset", "loss.noise_offset", kind="number"),
+    Flag("--noise_offset", "loss.noise_offset", kind="number", convert=_unless_zero),
     Flag("--noise_offset_random_strength", "loss.noise_offset_random", kind="switch", needs=("noise_offset",)),
     Flag("--adaptive_noise_scale", "loss.noise_offset_adaptive", kind="number", needs=("noise_offset",)),
-    Flag("--multires_noise_iterations", "loss.pyramid_noise_levels", kind="integer"),
+    Flag("--multires_noise_iterations", "loss.pyramid_noise_levels", kind="integer", convert=_unless_zero),
     Flag(
         "--multires_noise_discount", "loss.pyramid_noise_discount", kind="number", needs=("multires_noise_iterations",)
     ),
-    Flag("--ip_noise_gamma", "loss.input_perturbation", kind="number"),
+    Flag("--ip_noise_gamma", "loss.input_perturbation", kind="number", convert=_unless_zero),
     Flag(
         "--ip_noise_gamma_random_strength", "loss.input_perturbation_random", kind="switch", needs=("ip_noise_gamma",)
     ),
@@ -377,7 +389,7 @@ _SAVE = (
     Flag("--save_precision", "save.save_precision", choices=("float", "fp16", "bf16")),
     Flag("--save_every_n_epochs", "save.save_every_epochs", kind="integer"),
     Flag("--save_every_n_steps", "save.save_every_steps", kind="integer"),
-    Flag("--save_n_epoch_ratio", "save.saves", kind="integer"),
+    Flag("--save_n_epoch_ratio", "save.saves", kind="integer", convert=_unless_zero),
     Flag(
         "--save_last_n_epochs",
         "save.keep_last_epochs",
