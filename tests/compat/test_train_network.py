@@ -186,7 +186,7 @@ def test_what_is_refused_may_be_there_without_a_value(tmp_path: Path) -> None:
     file.write_text(
         'network_module = "networks.lora"\nlr_scheduler_args = []\nnetwork_args = []\noptimizer_args = []\n'
         'wandb_api_key = ""\nloss_type = "l2"\nhuber_c = 0.1\nhuber_schedule = "snr"\nlr_scheduler = "cosine"\n'
-        "lr_scheduler_num_cycles = 1\nlr_scheduler_power = 1\nnoise_offset = 0\ntext_encoder_lr = [1e-4]\n"
+        "lr_scheduler_num_cycles = 1\nlr_scheduler_power = 1\nnoise_offset = 0\ntext_encoder_lr = []\n"
         "max_token_length = 75\nmax_timestep = 1000\nprior_loss_weight = 1\nmin_bucket_reso = 256\n"
     )
     config.build(config.TrainConfig, entry.nested(translate("--config_file", str(file))))
@@ -252,7 +252,8 @@ def test_what_several_options_say_together(words: list[str], places: dict[str, A
         ([BASE, "--wandb_api_key=x"], "set WANDB_API_KEY"),
         ([BASE, "--lr_scheduler_type=a.B"], "--lr_scheduler_type is refused"),
         (["--network_module=networks.dylora"], "DyLoRA"),
-        (["--network_module=my.module"], "expected networks.lora or lycoris.kohya"),
+        (["--network_module=networks.lora_flux"], "those for other models are not"),
+        (["--network_module=my.module"], "network 'my.module': no module named 'my' is installed here"),
         ([BASE, "--network_args", "conv_din=4"], "expected KEY=VALUE with a key of networks.lora"),
         ([BASE, "--network_args", "conv_dim=four"], "conv_dim=four: expected a number"),
         ([BASE, "--network_args", "down_lr_weight=1,2"], "expected 12 numbers"),

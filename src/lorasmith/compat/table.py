@@ -20,8 +20,8 @@ class Flag:
     name: as it is typed, "--network_dim"; without dashes it is a word that stands for itself, "train_data_dir".
     place: the option of the command that takes the value: "network.rank", or "lora" of a command without sections.
     kind: what is typed; a path may be written with backslashes. many: any number of them.
-    value: what a switch puts there. convert: makes of what was typed what the option takes, None as if it were left out;
-        a ValueError of it is told.
+    value: what a switch puts there. convert: makes of what was typed what the option takes, None as if it were left
+        out; a ValueError of it is told.
     default: what the option gets if it is left out, where lorasmith would take something else.
     note: one sentence for who gives it: why nothing needs doing, or what is different. refusal: why it cannot be given.
     becomes: words for the page: what `Script.complete` makes of it, or where it comes from.

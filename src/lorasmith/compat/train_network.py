@@ -187,8 +187,8 @@ def _unless_zero(number: float) -> float | None:
     return number or None
 
 
-def _first(values: Sequence[float]) -> float:
-    return values[0]
+def _first(values: Sequence[float]) -> float | None:
+    return values[0] if values else None
 
 
 def _one(prompts: str) -> list[str]:
@@ -215,7 +215,7 @@ _MODEL = (
 _NETWORK = (
     Flag(
         "--network_module",
-        becomes="`--adapter`: networks.lora, or lycoris.kohya with its algorithms; others are refused",
+        becomes="`--adapter`: networks.lora, or lycoris.kohya with its algorithms; `--network-module`: other people's",
     ),
     Flag("--network_dim", "network.rank", kind="integer"),
     Flag("--network_alpha", "network.alpha", kind="number", convert=_unless_zero),
