@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.errors import UserError
-from lorasmith.processes import Processes, ProcessLostError, choose_device
+from lorasmith.processes import Processes, ProcessLostError
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no fork")
 
@@ -188,8 +188,3 @@ def test_alone_nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(KeyError), processes.together():
         raise KeyError
     processes.close()
-
-
-@pytest.mark.parametrize("name", ["cpu", "mps", "cuda:1"])
-def test_a_device_that_is_named_is_taken(name: str) -> None:
-    assert choose_device(name) == name

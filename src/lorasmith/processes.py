@@ -13,6 +13,7 @@ from typing import NoReturn, TypeVar
 import torch
 from torch import Tensor
 
+from lorasmith.devices import choose_device
 from lorasmith.errors import UserError
 
 Thing = TypeVar("Thing")
@@ -151,12 +152,3 @@ def make_deterministic(device: torch.device) -> None:
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # finds bugs, costs time
-
-
-def choose_device(name: str) -> str:
-    """Return the device that `auto` means here, or `name` itself."""
-    if name != "auto":
-        return name
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"

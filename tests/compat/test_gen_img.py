@@ -91,7 +91,7 @@ def test_prompts_of_a_file() -> None:
 
 def test_fp16_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for device, precision, is_told in (("cpu", "fp32", True), ("cuda", "fp16", False)):
-        monkeypatch.setattr("lorasmith.processes.choose_device", lambda asked, device=device: device)
+        monkeypatch.setattr("lorasmith.devices.choose_device", lambda asked, device=device: device)
         given = entry.read(SCRIPT, [*PROMPT, "--fp16"])
         values = entry.translate(SCRIPT, given)
         assert values["precision"] == precision

@@ -13,6 +13,7 @@ import torch
 from lorasmith.cache_folder import Store
 from lorasmith.caching import Encoded, cached_encoder, open_store
 from lorasmith.config import TrainConfig
+from lorasmith.devices import check_device
 from lorasmith.errors import UserError
 from lorasmith.memory import set_attention, set_gradient_checkpointing, vae_home
 from lorasmith.optimizers.base import restore
@@ -22,7 +23,7 @@ from lorasmith.training_run.encoding import kept_captions, makers_of, trains_tex
 from lorasmith.training_run.loading import build_dataset, build_network, load_model
 from lorasmith.training_run.objective import objective_of
 from lorasmith.training_run.page import describe_plan
-from lorasmith.training_run.preparation import Preparation, check_device, prepare, require_options
+from lorasmith.training_run.preparation import Preparation, prepare, require_options
 from lorasmith.training_run.prior import before_drawing, draw_prior_pictures, missing_prior_pictures, to_draw_note
 from lorasmith.training_run.regularizing import regularizers_of
 from lorasmith.training_run.resuming import merged_options, run_folder

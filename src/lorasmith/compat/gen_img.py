@@ -83,7 +83,7 @@ def _precision(given: Values) -> str:
 
 
 def _lacks_fp16() -> bool:
-    from lorasmith.processes import choose_device  # with torch, which --help does not need
+    from lorasmith.devices import choose_device  # with torch, which --help does not need
 
     return choose_device("auto") == "cpu"
 

@@ -21,8 +21,8 @@ from PIL import Image
 
 from lorasmith import plugins
 from lorasmith.data.tags import ScoredTag
+from lorasmith.devices import DTYPES, check_device, choose_device, choose_precision
 from lorasmith.errors import UserError
-from lorasmith.processes import choose_device
 
 CAPTIONS, TAGS = "captions", "tags"
 _COMMANDS = {CAPTIONS: ("--captioner", "lorasmith caption"), TAGS: ("--tagger", "lorasmith tag")}
@@ -94,20 +94,12 @@ def choose_home(device: str, precision: str) -> tuple[torch.device, torch.dtype]
     Raises:
         UserError: there is no such device, or it cannot compute in this precision.
     """
+    check_device(device)
     name = choose_device(device)
-    is_cuda = name == "cuda" or (name.startswith("cuda:") and name[5:].isdigit())
-    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name == "cuda" and num_gpus:
-        name = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % num_gpus}"
-    here = ["cpu", *(["mps"] if torch.backends.mps.is_available() else []), *(f"cuda:{n}" for n in range(num_gpus))]
-    if name not in here:
-        raise UserError(f"--device {device}: not here; on this computer there are {', '.join(['auto', *here])}.")
-    if precision == "fp16" and name == "cpu":
-        raise UserError("--precision fp16 needs a GPU, and here is the CPU; use bf16 or fp32.")
-    if precision == "auto":
-        precision = "bf16" if is_cuda and torch.cuda.is_bf16_supported() else "fp32"
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    return torch.device(name), dtypes[precision]
+    if name == "cuda":
+        name = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+    home = torch.device(name)
+    return home, DTYPES[choose_precision(precision, home)]
 
 
 def model_folder(name: str, patterns: Sequence[str], required: Sequence[Sequence[str]]) -> Path:

@@ -7,6 +7,7 @@ from lorasmith.cache_folder import Store
 from lorasmith.checkpoint import open_checkpoint
 from lorasmith.config import TrainConfig
 from lorasmith.data.dataset import Dataset
+from lorasmith.devices import DTYPES
 from lorasmith.formats.dialects import read_any
 from lorasmith.models.base import LatentDiffusion
 from lorasmith.network import Network
@@ -14,8 +15,6 @@ from lorasmith.processes import Processes
 from lorasmith.training_run.encoding import posteriors
 from lorasmith.training_run.objective import noise_of, timesteps_of
 from lorasmith.training_run.preparation import Preparation
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def load_model(cfg: TrainConfig, ready: Preparation, device: torch.device) -> LatentDiffusion:

@@ -11,6 +11,7 @@ from lorasmith.cache_folder import in_words
 from lorasmith.caching import Encoded, caption_name, count_cached
 from lorasmith.config import TrainConfig
 from lorasmith.data.subsets import DatasetRules
+from lorasmith.devices import DTYPES
 from lorasmith.memory import estimate_training_memory, vae_home
 from lorasmith.network import adapter_class, part_of
 from lorasmith.plan_page import (
@@ -26,7 +27,6 @@ from lorasmith.plan_page import (
 from lorasmith.processes import Processes
 from lorasmith.progress import memory_free
 from lorasmith.training_run.encoding import kept_captions, makers_of, trains_text_encoder, wanted_latents
-from lorasmith.training_run.loading import DTYPES
 from lorasmith.training_run.objective import objective_line
 from lorasmith.training_run.own_words import own_word_lines
 from lorasmith.training_run.preparation import Preparation, one_or_each, output_folder
