@@ -1444,16 +1444,9 @@ def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
-class GenerateConfig(Section):
-    """Draw pictures with a base model and LoRAs."""
+class DrawConfig(Section):
+    """What all commands that draw pictures have."""
 
-    prompt: list[str] = Field(
-        default=[],
-        description="What to draw: one or several texts, each with options such as `--n blurred --w 512 --d 7` "
-        "(docs/generate.md says all that may stand in one).",
-        json_schema_extra={"positional": "PROMPT"},
-    )
-    prompts: Place | None = Field(default=None, description="A .txt, .toml or .json file of prompts.")
     base: PlaceOrHubId = Field(
         default="", description="Base model: a .safetensors, .ckpt or .pt file, a diffusers folder, or a hub id."
     )
@@ -1471,6 +1464,42 @@ class GenerateConfig(Section):
     embeddings: list[Place] = Field(
         default=[], description="Textual-inversion files, or folders of these, whose names prompts may use."
     )
+    negative: str = Field(default="", description="Negative prompt.")
+    size: Size | None = Field(
+        default=None, description="Size of the pictures in pixels; left out, what the model was trained at."
+    )
+    steps: Annotated[int, Field(ge=1, le=1000)] = Field(default=20, description="Sampler steps.")
+    guidance: Annotated[float, Field(ge=0)] = Field(default=7.5, description="Classifier-free guidance scale.")
+    guidance_rescale: Share = Field(
+        default=0.0, description="Share of guidance's added contrast that is taken back; 0.7 for zero terminal SNR."
+    )
+    sampler: str = Field(
+        default="dpm++", description="Sampler: ddim, euler, euler_a, dpm++, unipc, heun, pndm and more."
+    )
+    sigmas: Literal["normal", "karras", "exponential", "beta"] = Field(
+        default="normal", description="How the noise is spread over the steps; not every sampler has each."
+    )
+    batch_size: PositiveInt = Field(
+        default=1, description="Pictures drawn at once: faster and more memory, the same pictures."
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        default="auto", description="Precision of the model; auto is bf16 on a GPU that has it, else fp32."
+    )
+    attention: Literal["sdpa", "plain"] = Field(default="sdpa", description="Attention implementation.")
+    device: str = Field(default="auto", description="Where to draw: auto, cpu, cuda, cuda:1, mps.")
+    progress: bool = Field(default=True, description="Show a progress bar.")
+
+
+class GenerateConfig(DrawConfig):
+    """Draw pictures with a base model and LoRAs."""
+
+    prompt: list[str] = Field(
+        default=[],
+        description="What to draw: one or several texts, each with options such as `--n blurred --w 512 --d 7` "
+        "(docs/generate.md says all that may stand in one).",
+        json_schema_extra={"positional": "PROMPT"},
+    )
+    prompts: Place | None = Field(default=None, description="A .txt, .toml or .json file of prompts.")
     lora: list[Place] = Field(
         default=[], description="LoRA files of any program, put on in this order; `<lora:name:0.8>` in a prompt too."
     )
@@ -1487,15 +1516,6 @@ class GenerateConfig(Section):
     fold: bool = Field(
         default=False, description="Fold the LoRAs into the weights while they are used: faster, the same pictures."
     )
-    negative: str = Field(default="", description="Negative prompt.")
-    size: Size | None = Field(
-        default=None, description="Size of the pictures in pixels; left out, what the model was trained at."
-    )
-    steps: Annotated[int, Field(ge=1, le=1000)] = Field(default=20, description="Sampler steps.")
-    guidance: Annotated[float, Field(ge=0)] = Field(default=7.5, description="Classifier-free guidance scale.")
-    guidance_rescale: Share = Field(
-        default=0.0, description="Share of guidance's added contrast that is taken back; 0.7 for zero terminal SNR."
-    )
     init: Place | None = Field(
         default=None, description="Picture to draw on from, instead of noise alone; cut to the size of the pictures."
     )
@@ -1505,21 +1525,12 @@ class GenerateConfig(Section):
     denoise: Annotated[float, Field(gt=0, le=1)] = Field(
         default=0.6, description="Share of the steps that are drawn then: the more, the less is left of the picture."
     )
-    sampler: str = Field(
-        default="dpm++", description="Sampler: ddim, euler, euler_a, dpm++, unipc, heun, pndm and more."
-    )
-    sigmas: Literal["normal", "karras", "exponential", "beta"] = Field(
-        default="normal", description="How the noise is spread over the steps; not every sampler has each."
-    )
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = Field(
         default=None, description="Seed of each prompt's first picture, the others count up; left out, a random one."
     )
     images: PositiveInt = Field(default=1, description="Pictures of each prompt.")
     all_variants: bool = Field(
         default=False, description="Draw all that `{a|b}` in prompts stands for, instead of one drawn from the seed."
-    )
-    batch_size: PositiveInt = Field(
-        default=1, description="Pictures drawn at once: faster and more memory, the same pictures."
     )
     output: Place = Field(default=Path("pictures"), description="Folder for the pictures; nothing in it is replaced.")
     name: FileName = Field(
@@ -1530,12 +1541,6 @@ class GenerateConfig(Section):
     form: Literal["png", "webp", "jpeg"] = Field(
         default="png", description="Form of the files; each holds what it was drawn from."
     )
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        default="auto", description="Precision of the model; auto is bf16 on a GPU that has it, else fp32."
-    )
-    attention: Literal["sdpa", "plain"] = Field(default="sdpa", description="Attention implementation.")
-    device: str = Field(default="auto", description="Where to draw: auto, cpu, cuda, cuda:1, mps.")
-    progress: bool = Field(default=True, description="Show a progress bar.")
 
     @model_validator(mode="after")
     def _check_together(self) -> "GenerateConfig":

@@ -8,7 +8,7 @@ import difflib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -16,6 +16,9 @@ from torch import Tensor
 
 from lorasmith.errors import UserError
 from lorasmith.models.base import Conditioning, LatentDiffusion, ModelFacts
+from lorasmith.prompts import Prompt
+
+Value = TypeVar("Value")
 
 # Timesteps and end points are as Stable Diffusion's own repositories and WebUI have them.
 _SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -62,6 +65,40 @@ def sampler_named(name: str) -> str:
         hint = f"did you mean {near[0]}? " if near else ""
         raise UserError(f"there is no sampler named {name!r}; {hint}There are: {', '.join(_SAMPLERS)}.")
     return _OTHER_NAMES.get(plain, plain)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One picture to draw: what it shows, its `size` in pixels (w, h), and how it is drawn, as for `generate`."""
+
+    prompt: str
+    negative: str
+    size: tuple[int, int]
+    seed: int
+    steps: int
+    guidance: float
+    sampler: str
+
+    def asked(self, prompt: Prompt) -> "Drawing":
+        """Return what a prompt asks for, which is as here where it does not say.
+
+        Raises:
+            UserError: it asks for a sampler that there is not.
+        """
+        width, height = self.size
+        return Drawing(
+            prompt=prompt.text,
+            negative=_or(prompt.negative, self.negative),
+            size=(_or(prompt.width, width), _or(prompt.height, height)),
+            seed=_or(prompt.seed, self.seed),
+            steps=_or(prompt.steps, self.steps),
+            guidance=_or(prompt.guidance, self.guidance),
+            sampler=sampler_named(_or(prompt.sampler, self.sampler)),
+        )
+
+
+def _or(value: Value | None, otherwise: Value) -> Value:
+    return otherwise if value is None else value
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from lorasmith.config import GenerateConfig
 from lorasmith.formats import kohya
 from lorasmith.metadata import model_hash
 from lorasmith.models import tokenizer
+from lorasmith.picture_run import drawing
 from tests.tiny import build_tiny, write_tiny
 
 THEIR: Any = diffusers  # its names are not exported as a type checker wants it
@@ -76,7 +77,7 @@ def draw(
     base: Path, tmp_path: Path, loaded: dict[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., list[Path]]:
     """Run the command with a seed into a new folder, and return the pictures in their order."""
-    count, load = iter(range(1000)), generate._load
+    count, load = iter(range(1000)), generate.load
 
     def load_once(cfg: GenerateConfig, *rest: Any) -> Any:
         key = cfg.base, cfg.clip_skip
@@ -84,7 +85,7 @@ def draw(
             loaded[key] = load(cfg, *rest)
         return loaded[key]
 
-    monkeypatch.setattr(generate, "_load", load_once)
+    monkeypatch.setattr(generate, "load", load_once)
 
     def run(
         *arguments: object, size: str = "64", steps: int = 3, output: Path | None = None, prompts: Path | None = None
@@ -422,7 +423,7 @@ def test_what_was_drawn_before_the_end_is_there_and_whole(
     ending: BaseException, code: int, said: str, base: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    real, calls = generate.draw, []
+    real, calls = drawing.draw, []
 
     def once(*args: Any, **settings: Any) -> Any:
         calls.append(settings["seeds"])
@@ -430,7 +431,7 @@ def test_what_was_drawn_before_the_end_is_there_and_whole(
             raise ending
         return real(*args, **settings)
 
-    monkeypatch.setattr(generate, "draw", once)
+    monkeypatch.setattr(drawing, "draw", once)
     options = ["--images", "4", "--batch-size", "2", "--steps", "1", "--seed", "1", "--precision", "fp32"]
     command = ["generate", "a cat", "--base", str(base), "--output", str(tmp_path / "out"), *options]
     assert main([*command, "--device", "cpu"]) == code

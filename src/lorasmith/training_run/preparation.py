@@ -25,6 +25,7 @@ from lorasmith.data.images import remembering, set_pixel_limit, thumbnail_url
 from lorasmith.data.plan import Plan, build_plan, validation_plan
 from lorasmith.data.records import ImageRecord
 from lorasmith.data.subsets import Augmentation, DatasetRules, Subset
+from lorasmith.devices import choose_precision
 from lorasmith.errors import UserError
 from lorasmith.formats import embeddings
 from lorasmith.formats.dialects import AnyLora, read_any
@@ -33,6 +34,7 @@ from lorasmith.models.keys.sd import TITLES
 from lorasmith.network import Network, Rule, adapter_class, check_ranks, group_by_module, part_of
 from lorasmith.output_folder import OutputFolder, check_free
 from lorasmith.processes import Processes
+from lorasmith.sampling import Drawing
 from lorasmith.trackers import require_trackers
 from lorasmith.training_run import base_loras
 from lorasmith.training_run.base_loras import BaseLoras
@@ -42,7 +44,7 @@ from lorasmith.training_run.own_words import OwnWords, own_words
 from lorasmith.training_run.rates import Rates, decide_rates
 from lorasmith.training_run.regularizing import check_adapters
 from lorasmith.training_run.resuming import run_folder
-from lorasmith.training_run.samples import Drawing, drawings
+from lorasmith.training_run.samples import drawings
 from lorasmith.training_state import (
     State,
     data_fingerprint,
@@ -241,32 +243,6 @@ def _fingerprint(gathered: Gathered, npz: NpzFiles, more: list[str], num_process
     if num_processes > 1 and any(shard is not None for shard in shards):
         facts += [f"{num_processes} processes", str(shards)]
     return data_fingerprint(facts + _npz_facts(npz) + more)
-
-
-def choose_precision(name: str, device: torch.device) -> str:
-    """Return the precision that `auto` means on this device.
-
-    Raises:
-        UserError: fp16 without a GPU.
-    """
-    if name == "fp16" and device.type == "cpu":
-        raise UserError("--precision fp16 needs a GPU, and this runs on the CPU; use bf16 or fp32.")
-    if name != "auto":
-        return name
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-
-
-def check_device(name: str) -> None:
-    """Refuse a device that is not here.
-
-    Raises:
-        UserError: lists those that are.
-    """
-    here = ["auto", "cpu", *(["mps"] if torch.backends.mps.is_available() else [])]
-    if torch.cuda.is_available():
-        here += ["cuda", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
-    if name not in here:
-        raise UserError(f"--device {name}: not here; on this computer there are {', '.join(here)}.")
 
 
 def require_options(cfg: TrainConfig) -> None:

@@ -1,9 +1,8 @@
 """What is drawn while training: each prompt with the size, seed and settings that it is drawn with."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 from lorasmith import prompts
 from lorasmith.config import SampleSection
@@ -12,24 +11,9 @@ from lorasmith.data.buckets import Size
 from lorasmith.data.records import ImageRecord
 from lorasmith.data.subsets import Subset
 from lorasmith.prompts import Prompt
-from lorasmith.sampling import sampler_named
-
-Value = TypeVar("Value")
+from lorasmith.sampling import Drawing
 
 _NUM_DEFAULT_PROMPTS = 2
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """One picture to draw at each moment; `size` in pixels (w, h)."""
-
-    prompt: str
-    negative: str
-    size: Size
-    seed: int
-    steps: int
-    guidance: float
-    sampler: str
 
 
 def drawings(
@@ -42,21 +26,19 @@ def drawings(
     """
     if not (samples.before_after or samples.at_first or samples.sample_every_steps or samples.sample_every_epochs):
         return []
-    width, height = samples.sample_size or resolution
-    found = []
-    for number, prompt in enumerate(_prompts(samples, records, subsets)):
-        found.append(
-            Drawing(
-                prompt=prompt.text,
-                negative=_or(prompt.negative, samples.negative),
-                size=(_or(prompt.width, width), _or(prompt.height, height)),
-                seed=_or(prompt.seed, samples.sample_seed + number),
-                steps=_or(prompt.steps, samples.sample_steps),
-                guidance=_or(prompt.guidance, samples.guidance),
-                sampler=sampler_named(_or(prompt.sampler, samples.sampler)),
-            )
-        )
-    return found
+    usual = Drawing(
+        prompt="",
+        negative=samples.negative,
+        size=samples.sample_size or resolution,
+        seed=samples.sample_seed,
+        steps=samples.sample_steps,
+        guidance=samples.guidance,
+        sampler=samples.sampler,
+    )
+    return [
+        replace(usual, seed=samples.sample_seed + number).asked(prompt)
+        for number, prompt in enumerate(_prompts(samples, records, subsets))
+    ]
 
 
 def _prompts(samples: SampleSection, records: Sequence[ImageRecord], subsets: Sequence[Subset]) -> list[Prompt]:
@@ -69,10 +51,6 @@ def _prompts(samples: SampleSection, records: Sequence[ImageRecord], subsets: Se
         captions.plain(record.caption, subsets[record.subset].captions) for record in records if not record.is_prior
     )
     return [Prompt(text) for text in list(texts)[:_NUM_DEFAULT_PROMPTS]]
-
-
-def _or(value: Value | None, otherwise: Value) -> Value:
-    return otherwise if value is None else value
 
 
 def sample_lines(found: Sequence[Drawing]) -> list[str]:

@@ -1,0 +1,181 @@
+"""Pictures drawn with a base model, grouped so that what can be drawn at once is."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from lorasmith import merging, model_families, prompt_syntax
+from lorasmith.checkpoint import Checkpoint, open_checkpoint
+from lorasmith.config import DrawConfig
+from lorasmith.data.buckets import Size
+from lorasmith.devices import DTYPES, check_device, choose_device, choose_precision
+from lorasmith.errors import UserError
+from lorasmith.formats import embeddings
+from lorasmith.memory import set_attention
+from lorasmith.models.base import LatentDiffusion, ModelFacts
+from lorasmith.models.embeddings import Embeddings
+from lorasmith.picture_run.loras import Loras
+from lorasmith.picture_run.pictures import Picture
+from lorasmith.sampling import Beginning, Wish, draw
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base model that is drawn with, opened and described but not loaded."""
+
+    checkpoint: Checkpoint
+    facts: ModelFacts
+    embeddings: Embeddings
+    notes: list[str]
+    precision: str
+    device: torch.device
+
+    def told(self, name: str) -> list[str]:
+        """Return the lines that say what it is, under the name it was given by."""
+        return [f"{name}: {self.facts.title}, predicts {self.facts.prediction}", *self.facts.notes, *self.notes]
+
+
+@contextmanager
+def open_base(cfg: DrawConfig) -> Iterator[Base]:
+    """Open the base model that is to be drawn with.
+
+    Raises:
+        UserError: none is given, it cannot be read, or the device or the precision is not to be had.
+    """
+    if not cfg.base:
+        raise UserError("missing: --base, the base model. For example: --base v1-5-pruned.safetensors")
+    check_device(cfg.device)
+    device = torch.device(choose_device(cfg.device))
+    precision = choose_precision(cfg.precision, device)
+    with open_checkpoint(cfg.base) as checkpoint:
+        facts = model_families.describe(checkpoint, prediction=cfg.prediction, vae=cfg.vae)
+        found, notes = embeddings.read(cfg.embeddings, width=facts.text_width)
+        yield Base(checkpoint, facts, found, notes, precision, device)
+
+
+def load(cfg: DrawConfig, base: Base) -> LatentDiffusion:
+    """Return the base model, ready to draw."""
+    model = model_families.load(
+        base.checkpoint,
+        dtype=DTYPES[base.precision],
+        device=base.device,
+        vae=cfg.vae,
+        prediction=base.facts.prediction,
+        clip_skip=cfg.clip_skip,
+        ema=cfg.ema,
+        max_token_length=None,
+        weighted_captions=True,
+        embeddings=base.embeddings,
+    )
+    if cfg.zero_terminal_snr:
+        model.schedule = model.schedule.with_zero_terminal_snr()
+    set_attention(model, cfg.attention)
+    return model
+
+
+@dataclass(frozen=True)
+class Source:
+    """A picture to draw on from: in its mask's white, or as a whole; `denoise` is the share of the steps drawn."""
+
+    picture: Image.Image
+    mask: Image.Image | None
+    denoise: float
+
+
+def drawn(
+    cfg: DrawConfig,
+    model: LatentDiffusion,
+    pictures: Sequence[Picture],
+    loras: Loras,
+    *,
+    is_folded: bool = False,
+    source: Source | None = None,
+) -> Iterator[tuple[Picture, Image.Image]]:
+    """Yield each picture when it is drawn, in their order.
+
+    Args:
+        is_folded: LoRAs are folded into the weights while they are used, not attached.
+        source: None: pictures are drawn from noise alone.
+    """
+    for tags, same in groupby(pictures, key=lambda one: one.loras):
+        with merging.applied(model, loras.additions(tags), is_folded=is_folded):
+            for (size, steps, guidance, sampler), alike in groupby(same, key=lambda one: one.settings):
+                rest, beginning = list(alike), None if source is None else _beginning(model, source, size)
+                while rest:
+                    batch, rest = rest[: cfg.batch_size], rest[cfg.batch_size :]
+                    found = draw(
+                        model,
+                        _wishes(model, batch),
+                        seeds=[one.seed for one in batch],
+                        size=size,
+                        steps=steps,
+                        guidance=guidance,
+                        sampler=sampler,
+                        sigmas=cfg.sigmas,
+                        rescale=cfg.guidance_rescale,
+                        beginning=beginning,
+                    )
+                    yield from zip(batch, found, strict=True)
+
+
+def _beginning(model: LatentDiffusion, source: Source, size: Size) -> Beginning:
+    """Return what to draw on from: the picture made as large as is needed, and what is too much cut off its sides."""
+    fitted = ImageOps.fit(source.picture.convert("RGB"), size, Image.Resampling.LANCZOS)
+    pixels = torch.from_numpy(np.asarray(fitted, dtype=np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
+    if source.mask is None:
+        return Beginning(model.encode_image(pixels), source.denoise)
+    latent_size = (size[0] // model.latent_factor, size[1] // model.latent_factor)
+    mask = ImageOps.fit(source.mask.convert("L"), size, Image.Resampling.BOX).resize(latent_size, Image.Resampling.BOX)
+    shares = torch.from_numpy(np.asarray(mask, np.float32))[None, None] / 255
+    return Beginning(model.encode_image(pixels), source.denoise, shares)
+
+
+@torch.no_grad()
+def _wishes(model: LatentDiffusion, batch: Sequence[Picture]) -> list[Wish]:
+    """Return what each picture is to show; every text is encoded alone, so none depends on another's length."""
+    texts = dict.fromkeys(text for one in batch for text in (one.negative, *dict(prompt_syntax.composed(one.prompt))))
+    encoded = {text: model.encode_text([text]) for text in texts}
+    wishes = []
+    for one in batch:
+        parts = prompt_syntax.composed(one.prompt)
+        is_guided = one.guidance > 1 or len(parts) > 1
+        wishes.append(
+            Wish([(encoded[text], weight) for text, weight in parts], encoded[one.negative] if is_guided else None)
+        )
+    return wishes
+
+
+@contextmanager
+def telling_of_memory(cfg: DrawConfig, base: Base, pictures: Sequence[Picture], written: str) -> Iterator[None]:
+    """Make an error of too little memory one that says what to try; `written` says where the pictures drawn so far are.
+
+    Raises:
+        UserError: in place of that error.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise
+        raise UserError(_out_of_memory(cfg, base, pictures, written, error)) from error
+
+
+def _out_of_memory(cfg: DrawConfig, base: Base, pictures: Sequence[Picture], written: str, error: BaseException) -> str:
+    width, height = max((one.size for one in pictures), key=lambda size: size[0] * size[1])
+    ways = [
+        *([f"a lower --batch-size than {cfg.batch_size}"] if cfg.batch_size > 1 else []),
+        *(["--precision bf16, which takes half"] if base.precision == "fp32" else []),
+        *(["--attention sdpa"] if cfg.attention == "plain" else []),
+        f"a smaller --size than {width},{height}",
+        "closing other programs",
+    ]
+    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    return (
+        f"{base.device} has too little memory for this. What to try, in this order: {'; '.join(ways)}. {written} "
+        f"({reason})"
+    )

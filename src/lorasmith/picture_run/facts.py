@@ -1,0 +1,72 @@
+"""What is written of a picture into its file and its name."""
+
+from pathlib import Path
+
+import lorasmith
+from lorasmith.checkpoint import Checkpoint, file_sha256
+from lorasmith.config import DrawConfig
+from lorasmith.picture_run.loras import Loras
+from lorasmith.picture_run.pictures import Picture
+from lorasmith.prompt_syntax import LoraTag
+
+_WEBUI_SAMPLERS = {
+    "dpm++": "DPM++ 2M", "ddim": "DDIM", "euler": "Euler", "euler_a": "Euler a", "heun": "Heun", "dpm_2": "DPM2",
+    "dpm_2_a": "DPM2 a", "lms": "LMS", "pndm": "PLMS", "unipc": "UniPC",
+}  # fmt: skip
+
+
+def shown_prompt(one: Picture) -> str:
+    """Return the prompt as WebUI takes it, with all LoRAs in it."""
+    return " ".join([one.prompt, *(_tag(tag) for tag in one.loras)])
+
+
+def _tag(tag: LoraTag) -> str:
+    strengths = [tag.unet] if tag.unet == tag.text_encoder else [tag.text_encoder, tag.unet]
+    return f"<lora:{tag.name}:{':'.join(f'{strength:g}' for strength in strengths)}>"
+
+
+def facts_of(cfg: DrawConfig, one: Picture) -> dict[str, str]:
+    """Return what is written into this picture of its own, by WebUI's names."""
+    return {
+        "Steps": str(one.steps),
+        "Sampler": _WEBUI_SAMPLERS.get(one.sampler, one.sampler),
+        **({} if cfg.sigmas == "normal" else {"Schedule type": cfg.sigmas.capitalize()}),
+        "CFG scale": f"{one.guidance:g}",
+        "Seed": str(one.seed),
+        "Size": f"{one.size[0]}x{one.size[1]}",
+    }
+
+
+def facts_of_all(cfg: DrawConfig, checkpoint: Checkpoint, loras: Loras) -> dict[str, str]:
+    """Return what is written into every picture after what is its own."""
+    facts = {"Model": _model_name(cfg)}
+    if checkpoint.path.is_file():
+        facts = {"Model hash": file_sha256(checkpoint.path)[:10], **facts}
+    if cfg.vae is not None:
+        facts["VAE"] = Path(cfg.vae).name
+    if cfg.clip_skip > 1:
+        facts["Clip skip"] = str(cfg.clip_skip)
+    if cfg.guidance_rescale:
+        facts["CFG Rescale"] = f"{cfg.guidance_rescale:g}"
+    if hashes := loras.hashes():
+        facts["Lora hashes"] = ", ".join(f"{name}: {digits}" for name, digits in hashes.items())
+    return {**facts, "Version": f"lorasmith {lorasmith.__version__}"}
+
+
+def _model_name(cfg: DrawConfig) -> str:
+    path = Path(cfg.base)
+    return path.name if path.is_dir() else path.stem
+
+
+def fields_of(cfg: DrawConfig, one: Picture) -> dict[str, str]:
+    """Return what fields in a pattern of file names stand for."""
+    return {
+        "seed": str(one.seed),
+        "prompt": one.prompt,
+        "model": _model_name(cfg),
+        "sampler": one.sampler,
+        "steps": str(one.steps),
+        "guidance": f"{one.guidance:g}",
+        "width": str(one.size[0]),
+        "height": str(one.size[1]),
+    }
