@@ -103,7 +103,7 @@ def test_samples_show_before_and_after(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("losses", [[], [(1, 0.5)], [(1, 0.0)] * 3])
 def test_few_losses_are_drawn_too(tmp_path: Path, losses: list[tuple[int, float]]) -> None:
-    write_report(tmp_path, contents(losses=losses, norms={}))
+    write_report(tmp_path, contents(losses=losses))
     assert Image.open(tmp_path / "loss.png").size == Image.open(tmp_path / "norms.png").size
 
 
@@ -192,3 +192,9 @@ def test_held_out_pictures_are_listed_by_how_far_their_loss_rose(tmp_path: Path)
     assert [text for text in page.texts if text in pictures] == ["_rises $much$.png", "rises <b>.png", "falls.png"]
     assert "0.5000 at first, lowest 0.1000 after step 2, 0.6000 at last" in page.texts
     Image.open(tmp_path / "held-out.png").verify()
+
+
+def test_a_network_of_unknown_tensors_has_no_norms(tmp_path: Path) -> None:
+    page = Page(write_report(tmp_path, contents(norms={})))
+    assert "What was learned where" not in page.texts and "norms.png" not in page.links
+    assert not (tmp_path / "norms.png").exists() and "Settings" in page.texts

@@ -209,6 +209,14 @@ class NetworkSection(Section):
         default_factory=list,
         description="The adapter type's own options, as `option=value`, e.g. factor=8 for lokr (docs/adapters.md).",
     )
+    network_module: str | None = Field(
+        default=None,
+        description="Train a network of another program in place of `adapter`: a module with sd-scripts' "
+        "create_network, e.g. lycoris.kohya (docs/adapters.md).",
+    )
+    network_args: list[str] = Field(
+        default_factory=list, description="That module's own arguments, as `key=value`, e.g. algo=lokr."
+    )
     rank: PositiveInt = Field(default=4, description="Rank of the LoRA: more can express more and costs memory.")
     alpha: Rate | None = Field(
         default=None, description="The update is scaled by alpha / rank; left out, alpha = rank, which is scale 1."
@@ -756,12 +764,23 @@ def changing_augmentations(data: DataSection) -> list[str]:
     return names + (["face_crop_aug_range"] if ends is not None and ends[0] != ends[1] else [])
 
 
+_OF_ADAPTERS = {  # what a network module of another program is told in its own way
+    "adapter", "adapter_options", "conv_rank", "conv_alpha", "block_ranks", "block_alphas", "conv_block_ranks",
+    "conv_block_alphas", "rank_dropout", "module_dropout", "product_decay",
+}  # fmt: skip
+_OF_ADAPTERS_RATES = {"block_lr", "lora_plus_ratio", "unet_lora_plus_ratio", "text_encoder_lora_plus_ratio"}
+
+
 def contradictions(cfg: TrainConfig) -> list[str]:
     """Return one sentence for each pair of options that cannot both be meant."""
     data, training, network, optimizer = cfg.data, cfg.training, cfg.network, cfg.optimizer
     blocks = network.block_ranks, network.block_alphas, network.conv_block_ranks, network.conv_block_alphas
     augmentations = changing_augmentations(data)
     in_file = [name for name in ("images", "regularization", "captions", "caption") if getattr(data, name) is not None]
+    of_adapters = [
+        *network.model_dump(exclude_defaults=True, include=_OF_ADAPTERS),
+        *optimizer.model_dump(exclude_defaults=True, include=_OF_ADAPTERS_RATES),
+    ]
     of_held_out = list(cfg.validation.model_dump(exclude_defaults=True, exclude={"validation_split"}))
     checks = {
         f"dataset_config names folders and captions by itself, but {' and '.join(in_file)} "
@@ -806,6 +825,12 @@ def contradictions(cfg: TrainConfig) -> list[str]:
         "unet_lora_plus_ratio is given, but train = text_encoder leaves the U-Net alone; leave out one of them": (
             optimizer.unet_lora_plus_ratio and network.train == "text_encoder"
         ),
+        f"network_module = {network.network_module} makes its own adapters, so {' and '.join(of_adapters)} cannot be "
+        "meant; leave out one or the other, and say in network_args what the module can do of it": (
+            network.network_module and of_adapters
+        ),
+        "network_args are for network_module, which is missing; give it, or leave them out": network.network_args
+        and not network.network_module,
         **dict.fromkeys(_bucket_contradictions(data, are_in_file=data.dataset_config is not None), True),
         "saves and save_every_epochs both say after which epochs to save; leave out one of them": cfg.save.saves
         and cfg.save.save_every_epochs,

@@ -129,6 +129,10 @@ class Network(nn.Module):
         for adapter in self.adapters.values():
             adapter.multiplier = value
 
+    def file_tensors(self) -> dict[str, Tensor]:
+        """Return copies of what a file of the network holds."""
+        return {name: tensor.clone() for name, tensor in self.state_dict().items()}
+
     @contextmanager
     def switched_off(self) -> Iterator[None]:
         """While entered, the model is the base model alone."""

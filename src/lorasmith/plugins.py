@@ -39,6 +39,15 @@ def find(kind: str, name: str) -> Any:
     return _import(kind, f"lorasmith.{kind}.{name}", name)
 
 
+def find_module(kind: str, name: str) -> Any:
+    """Return a user's own module by its whole name.
+
+    Raises:
+        UserError: there is none, or a package that it needs is missing.
+    """
+    return _import(kind, name, name)
+
+
 def _find_dotted(kind: str, name: str) -> Any:
     """Import `a.b` as a module, or as the attribute `b` of module `a`."""
     parent, _, attribute = name.rpartition(".")

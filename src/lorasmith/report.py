@@ -39,7 +39,8 @@ class ReportContents:
 
     summary: plain sentences for the top. settings: section -> option -> value. losses: (step, loss), steps from 1.
     before, after: pictures of `prompts` without and with the LoRA, in their order. norms: module name -> Frobenius
-    norm of its delta. files: (file name, what it is for). validation: (step, loss) of the held-out pictures.
+    norm of its delta, where that is known. files: (file name, what it is for). validation: (step, loss) of the
+    held-out pictures.
     pictures: (step, loss) of each of these, by its name. rates: (step, learning rate) of what learns at it, by name.
     """
 
@@ -65,7 +66,8 @@ def write_report(folder: Path, contents: ReportContents) -> Path:
         _draw_pictures(folder / "held-out.png", contents.pictures)
     if contents.rates:
         _draw_rates(folder / "rates.svg", contents.rates)
-    draw_norms(folder / "norms.png", norms_by_block(contents.norms))
+    if contents.norms:
+        draw_norms(folder / "norms.png", norms_by_block(contents.norms))
     if contents.after:
         rows = [("before", contents.before)] if contents.before else []
         sheet(contents.prompts, [*rows, ("after", contents.after)]).save(folder / "samples.png")
@@ -190,6 +192,12 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     return figure, axes
 
 
+_NORMS = """<h2>What was learned where</h2>
+<p>Norm of the weight update per block (text encoder, then U-Net). All zero means nothing was learned.</p>
+<img src="norms.png" alt="norm of the update per block">
+"""
+
+
 def _page(contents: ReportContents) -> str:
     samples = (
         '<h2>Samples</h2><p>Same prompt and same noise in each column.</p><img src="samples.png" alt="samples">'
@@ -206,9 +214,7 @@ def _page(contents: ReportContents) -> str:
 <h2>Loss</h2>
 <p>{_ON_LOSSES}{_ON_VALIDATION if contents.validation else ""}</p>
 <img src="loss.png" alt="loss over steps">
-{_held_out(contents.pictures)}{_RATES if contents.rates else ""}<h2>What was learned where</h2>
-<p>Norm of the weight update per block (text encoder, then U-Net). All zero means nothing was learned.</p>
-<img src="norms.png" alt="norm of the update per block">
+{_held_out(contents.pictures)}{_RATES if contents.rates else ""}{_NORMS if contents.norms else ""}
 <h2>Settings</h2><div class="settings">{"".join(_section(*section) for section in contents.settings.items())}</div>
 </body></html>
 """

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lorasmith.data.dataset import Batch
 from lorasmith.errors import UserError
+from lorasmith.foreign_network import ForeignNetwork
 from lorasmith.losses import PLAIN, Objective
 from lorasmith.models.base import Conditioning, LatentDiffusion
 from lorasmith.processes import Processes
@@ -106,7 +107,7 @@ class Stepper:
         *,
         max_grad_norm: float,
         is_fp16: bool,
-        regularizers: Regularizers | None = None,
+        regularizers: Regularizers | ForeignNetwork | None = None,
     ) -> None:
         self._regularizers = regularizers
         self._model, self._parameters, self._optimizer = model, list(parameters), optimizer

@@ -86,7 +86,6 @@ def _session(cfg: TrainConfig, ready: Preparation, processes: Processes) -> Sess
         model.schedule = model.schedule.with_zero_terminal_snr()
     model.vae.to(vae_home(device, caches_latents=all(ready.cached)))
     network = build_network(cfg, ready, model)
-    network.attach()
     set_attention(model, cfg.training.attention)
     set_gradient_checkpointing(model, cfg.training.gradient_checkpointing)
     groups = network.param_groups(ready.rates.parts, cfg.optimizer.weight_decay_exclude)

@@ -1,4 +1,7 @@
-"""--network_module with its --network_args: sd-scripts' networks.lora and lycoris.kohya as options of a network."""
+"""--network_module with its --network_args: sd-scripts' networks.lora and lycoris.kohya as options of a network.
+
+Other modules, of other people, are called as they are.
+"""
 
 import math
 from collections.abc import Callable, Mapping
@@ -52,11 +55,14 @@ def values(given: Values) -> dict[str, Any]:
         raise UserError("missing: --network_module, such as --network_module networks.lora")
     if module in _REFUSED_MODULES:
         raise UserError(f"--network_module {module} is refused: {_REFUSED_MODULES[module]}")
-    if module not in ("networks.lora", "network.lora", "lycoris.kohya"):
+    if module.startswith("networks.") and module != "networks.lora":
         raise UserError(
-            f"--network_module {module}: expected networks.lora or lycoris.kohya. A type of your own is a module for "
-            "`lorasmith train --adapter` (docs/adapters.md)."
+            f"--network_module {module} is refused: of sd-scripts' own modules there is networks.lora here, for SD 1.x "
+            "and 2.x; those for other models are not. For other types of adapters give lycoris.kohya with algo=..., or "
+            "a module of your own."
         )
+    if module not in ("networks.lora", "network.lora", "lycoris.kohya"):
+        return {"network.network_module": module, "network.network_args": given.get("network_args") or []}
     is_lycoris = module == "lycoris.kohya"
     args = _args(given.get("network_args") or [], _LYCORIS if is_lycoris else _PLAIN, module)
     found = {place: read(name, args[name]) for name, (place, read) in _readers().items() if name in args}

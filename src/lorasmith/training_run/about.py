@@ -143,6 +143,9 @@ def file_metadata(cfg: TrainConfig, ready: Preparation, step: int, started_at: f
 def _network_module(cfg: TrainConfig) -> dict[str, Any]:
     """Return what trains such a network elsewhere: sd-scripts, LyCORIS with these arguments, or nothing known."""
     network = cfg.network
+    if network.network_module is not None:
+        args = dict(word.split("=", 1) for word in network.network_args)
+        return {"network_module": network.network_module, **({"network_args": args} if args else {})}
     kind = adapter_class(network.adapter)
     layers = _layer_args(network)
     if kind is LoRA and not network.adapter_options:

@@ -8,6 +8,7 @@ from lorasmith.checkpoint import open_checkpoint
 from lorasmith.config import TrainConfig
 from lorasmith.data.dataset import Dataset
 from lorasmith.devices import DTYPES
+from lorasmith.foreign_network import AnyNetwork, ForeignNetwork, Request
 from lorasmith.formats.dialects import read_any
 from lorasmith.models.base import LatentDiffusion
 from lorasmith.network import Network
@@ -36,8 +37,38 @@ def load_model(cfg: TrainConfig, ready: Preparation, device: torch.device) -> La
     return model
 
 
-def build_network(cfg: TrainConfig, ready: Preparation, model: LatentDiffusion) -> Network:
-    """Return the network to train: new, or from the given weights with all of them used."""
+def build_network(cfg: TrainConfig, ready: Preparation, model: LatentDiffusion) -> AnyNetwork:
+    """Return the network to train, attached: new, or from the given weights with all of them used."""
+    if ready.foreign is not None:
+        return _foreign_network(cfg, ready, ready.foreign, model)
+    network = _own_network(cfg, ready, model)
+    network.attach()
+    return network
+
+
+def _foreign_network(cfg: TrainConfig, ready: Preparation, request: Request, model: LatentDiffusion) -> ForeignNetwork:
+    network = ForeignNetwork(
+        request,
+        model,
+        ready.rates.parts,
+        seed=cfg.training.seed,
+        learning_rate=ready.rates.learning_rate,
+        steps_per_epoch=ready.plan.steps_per_epoch,
+        max_norm=cfg.network.max_norm,
+    )
+    if cfg.training.gradient_checkpointing:
+        network.checkpoint_gradients()
+    if cfg.loss.diff_output_preservation:
+        with network.switched_off():  # so that it is told now if this cannot be
+            pass
+    if cfg.network.weights is not None:
+        with open_checkpoint(cfg.network.weights) as checkpoint:
+            tensors = {name: checkpoint.tensor(name).clone() for name in checkpoint.names()}
+        network.load(cfg.network.weights, tensors)
+    return network
+
+
+def _own_network(cfg: TrainConfig, ready: Preparation, model: LatentDiffusion) -> Network:
     layers = model.adaptable_layers()
     targets = {name: layers[name] for name in ready.rules}
     if cfg.network.weights is None:

@@ -54,6 +54,10 @@ def describe_plan(cfg: TrainConfig, ready: Preparation, processes: Processes) ->
             f"({', '.join(f'{count} {PART_TITLES[part]}' for part, count in parts.items())}), "
             f"{num_values / 1e6:.2f} M values"
             + (f", starting from {network.weights}, which fits" if network.weights else "")
+            if ready.foreign is None
+            else f"{', '.join([ready.foreign.module, *network.network_args, *_rank_words(cfg, ready)])}: it decides "
+            f"itself what it puts on {' and '.join(PART_TITLES[part] for part in parts)}; memory is reckoned for a LoRA"
+            + (f", starting from {network.weights}" if network.weights else "")
         ],
         "data sets": dataset_lines(ready.datasets, ready.records, plan.repeats) if cfg.data.dataset_config else [],
         "pictures": ready.notes,

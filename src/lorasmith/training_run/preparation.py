@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from tqdm import tqdm
 
-from lorasmith import config, lr, model_families
+from lorasmith import config, foreign_network, lr, model_families
 from lorasmith.adapters.base import Adapter
 from lorasmith.cache_folder import Say, default_place, open_cache
 from lorasmith.checkpoint import open_checkpoint
@@ -61,6 +61,7 @@ class Preparation:
     precision: str
     shapes: dict[str, tuple[int, ...]]  # of the layers to train, by saved name
     rules: dict[str, Rule]  # what each of them gets
+    foreign: foreign_network.Request | None  # what puts other adapters on the parts of these layers
     base_loras: BaseLoras
     rank: int  # the largest, where starting weights bring several
     alpha: float
@@ -115,15 +116,18 @@ def prepare(cfg: TrainConfig, processes: Processes, state: State | None) -> Prep
     check_prediction(cfg.loss, facts.prediction)
     folded = base_loras.read(cfg.model, family, places)
     found = embeddings.read(cfg.model.embeddings, width=facts.text_width)
-    weights = None if cfg.network.weights is None else read_any(cfg.network.weights)
+    foreign = _foreign_request(cfg.network)
+    weights = None if foreign or cfg.network.weights is None else read_any(cfg.network.weights)
     places = trained_places(cfg, places, group_by_module(weights.tensors) if weights else ())
     shapes, rules = {name: place.shape for name, place in places.items()}, layer_rules(cfg, places)
     if weights is None:
-        check_ranks(shapes, list(rules.values()))
         (rank, alpha), weight_notes = _new_rank(cfg.network), []
     else:
         rank, alpha, weight_notes = _check_weights(cfg.network, weights, facts, shapes)
-    check_adapters(cfg.network, shapes, list(rules.values())[:1])  # all are of one type
+    if foreign is None:
+        check_adapters(cfg.network, shapes, list(rules.values())[:1])  # all are of one type
+        if weights is None:
+            check_ranks(shapes, list(rules.values()))
     if cfg.resume is None or output_folder(cfg).path.resolve() != run_folder(cfg.resume).resolve():
         check_free(output_folder(cfg), overwrite=cfg.save.overwrite)
     set_pixel_limit(cfg.data.max_megapixels)
@@ -155,7 +159,7 @@ def prepare(cfg: TrainConfig, processes: Processes, state: State | None) -> Prep
         _check_resumable(state, fingerprint, plan, total_steps)
         _check_optimizer(state, rates.optimizer.name)
     return Preparation(
-        facts, precision, shapes, rules, folded, rank, alpha, datasets[0].resolution, datasets,
+        facts, precision, shapes, rules, foreign, folded, rank, alpha, datasets[0].resolution, datasets,
         gathered.records, gathered.crops,
         [subset.for_run_of(total_steps) for subset in gathered.subsets],
         [*notes, *gathered.notes, *_cut_notes(cfg, gathered, words), *plan.notes],
@@ -306,6 +310,19 @@ def _new_rank(network: config.NetworkSection) -> tuple[int, float]:
             f"--{given[0]} means nothing for --adapter {network.adapter}, which has no rank and no alpha; leave it out."
         )
     return network.rank, network.alpha or (float(network.rank) if means == "scale" else 0.0)
+
+
+def _foreign_request(network: config.NetworkSection) -> foreign_network.Request | None:
+    """Return the network module that is asked for, if one is, and what it will be called with."""
+    if network.network_module is None:
+        return None
+    if network.weights is not None:
+        with open_checkpoint(network.weights):  # what is in it is compared with what the module makes
+            pass
+    rank, alpha = _new_rank(network)
+    return foreign_network.find(
+        network.network_module, network.network_args, rank=rank, alpha=alpha, dropout=network.neuron_dropout
+    )
 
 
 def _check_optimizer(state: State, name: str) -> None:

@@ -115,7 +115,8 @@ def rate_curves(
     names: dict[float, dict[str, None]] = {}
     for name, rate in groups:
         part, _, half = name.partition("/")
-        names.setdefault(rate, {})[PART_TITLES[part] + (" (half that begins at zero)" if half else "")] = None
+        title = PART_TITLES.get(part, part) + (" (half that begins at zero)" if half == "up" else "")
+        names.setdefault(rate, {})[title] = None
     shape = [schedule.multiplier(step) for step in range(steps)]
     return {
         f"{', '.join(own)}: {rate:g}": [(step, rate * share) for step, share in enumerate(shape, 1)]

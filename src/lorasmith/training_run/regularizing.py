@@ -8,16 +8,19 @@ from lorasmith.adapters.base import Adapter
 from lorasmith.config import NetworkSection, TrainConfig
 from lorasmith.dropout import DropoutRates
 from lorasmith.errors import UserError
-from lorasmith.network import Network, Rule, adapter_class, match
+from lorasmith.foreign_network import AnyNetwork, ForeignNetwork
+from lorasmith.network import Rule, adapter_class, match
 from lorasmith.regularizers import Regularizers
 
 
-def regularizers_of(cfg: TrainConfig, network: Network) -> Regularizers:
-    """Return what holds the network's adapters back.
+def regularizers_of(cfg: TrainConfig, network: AnyNetwork) -> Regularizers | ForeignNetwork:
+    """Return what holds the network's adapters back; a network of another program does so itself.
 
     Raises:
         UserError: the starting weights' adapters cannot be held back so.
     """
+    if isinstance(network, ForeignNetwork):
+        return network
     options = cfg.network
     _check(options, network.adapters.values())
     return Regularizers(

@@ -20,6 +20,7 @@ from lorasmith.command_line import quoted
 from lorasmith.config import TrainConfig
 from lorasmith.data.dataset import Dataset
 from lorasmith.errors import UserError
+from lorasmith.foreign_network import AnyNetwork
 from lorasmith.formats import kohya
 from lorasmith.hub import upload
 from lorasmith.interrupt import StopRequest
@@ -27,7 +28,6 @@ from lorasmith.loss_log import LossLog, read_log
 from lorasmith.memory import lent
 from lorasmith.model_card import write_card
 from lorasmith.models.base import LatentDiffusion
-from lorasmith.network import Network
 from lorasmith.optimizers.base import adaptation, weights_to_use
 from lorasmith.output_folder import RUN_FILE, move_aside
 from lorasmith.processes import Processes
@@ -64,7 +64,7 @@ class Session:
         ready: Preparation,
         processes: Processes,
         model: LatentDiffusion,
-        network: Network,
+        network: AnyNetwork,
         optimizer: torch.optim.Optimizer,
         stepper: Stepper,
         average: WeightAverage | None,
@@ -359,7 +359,7 @@ class Session:
         """Write the LoRA, read it back and compare; return the norm of each module's update."""
         precision = self.cfg.save.save_precision
         with self._as_saved():
-            tensors = {name: tensor.clone() for name, tensor in self.network.state_dict().items()}
+            tensors = self.network.file_tensors()
             norms = self.network.delta_norms()
         kohya.write(path, tensors, file_metadata(self.cfg, self.ready, self.done, self.started_at), precision=precision)
         kohya.check(path, tensors, precision=precision)
@@ -411,7 +411,8 @@ class Session:
             title=f"{self.cfg.save.title or self.cfg.save.name or self.folder.path.name}: a LoRA",
             summary=[
                 f"{self.done} steps on {len(self.ready.records)} pictures for {Path(self.cfg.model.base).name}, "
-                f"{self.ready.facts.title}. The largest update is in {max(norms, key=lambda name: norms[name])}.",
+                f"{self.ready.facts.title}."
+                + (f" The largest update is in {max(norms, key=lambda name: norms[name])}." if norms else ""),
             ],
             settings=settings,
             losses=self.losses.losses,

@@ -14,8 +14,8 @@ from lorasmith.model_card import Card
 from lorasmith.training_run.preparation import Preparation
 
 _IN_CARD = (
-    "network.adapter", "network.rank", "network.alpha", "optimizer.optimizer", "optimizer.learning_rate",
-    "optimizer.lr_schedule", "training.batch_size", "training.seed", "data.resolution",
+    "network.network_module", "network.adapter", "network.rank", "network.alpha", "optimizer.optimizer",
+    "optimizer.learning_rate", "optimizer.lr_schedule", "training.batch_size", "training.seed", "data.resolution",
 )  # fmt: skip
 
 
@@ -27,6 +27,8 @@ def shared_options(cfg: TrainConfig) -> dict[str, Any]:
             value = getattr(getattr(cfg, option.section), option.name)
             if value is not None:
                 found[".".join(option.place)] = _without_place(value, is_place=option.kind == "path")
+    if cfg.network.network_module is not None:
+        del found["network.adapter"]
     return found
 
 
