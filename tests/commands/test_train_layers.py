@@ -1,5 +1,6 @@
 """Which layers `lorasmith train` puts adapters on, of which rank, and how fast each block learns."""
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lorasmith.cli import main
+from lorasmith.compat import network_args
 from lorasmith.models.keys import sd as keys
 from lorasmith.models.keys.sd_blocks import LISTS, block_of
 from lorasmith.training_run import session
@@ -137,6 +139,24 @@ def test_the_file_says_what_its_layers_got_as_sd_scripts_writes_it(place: Place)
     with safe_open(place.train("--conv-rank", "3", "--conv-alpha", "1"), "pt") as file:
         assert file.metadata()["ss_network_args"] == '{"conv_dim": "3", "conv_alpha": "1.0"}'
         assert file.metadata()["ss_network_module"] == "networks.lora"
+
+
+@pytest.mark.parametrize("adapter", ["lora", "lokr"])
+def test_what_the_file_says_given_to_sd_scripts_is_the_same_network(place: Place, adapter: str) -> None:
+    factors = [*map(str, range(12)), "0.5", *["1"] * 12]
+    options = ["--rank-dropout", "0.1", "--module-dropout", "0.2", "--lora-plus-ratio", "4", "--neuron-dropout", "0.3",
+               "--unet-lora-plus-ratio", "2", "--block-lr", *factors]  # fmt: skip
+    if adapter == "lokr":
+        options = ["--adapter", "lokr", "--module-dropout", "0.2", "--adapter-options", "factor=2"]
+    with safe_open(place.train(*options), "pt") as file:
+        said = file.metadata()
+    words = [f"{name}={text}" for name, text in json.loads(said["ss_network_args"]).items()]
+    found = network_args.values({"network_module": said["ss_network_module"], "network_args": words})
+    assert found["network.module_dropout"] == 0.2
+    if adapter == "lora":
+        assert said["ss_network_dropout"] == "0.3" and found["network.rank_dropout"] == 0.1
+        assert found["optimizer.lora_plus_ratio"] == 4 and found["optimizer.unet_lora_plus_ratio"] == 2
+        assert found["optimizer.block_lr"] == list(map(float, factors))
 
 
 def test_starting_weights_bring_their_convolutions(place: Place) -> None:

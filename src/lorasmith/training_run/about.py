@@ -12,7 +12,7 @@ import lorasmith
 from lorasmith import metadata, model_families
 from lorasmith.adapters.lora import LoRA
 from lorasmith.command_line import quoted
-from lorasmith.config import NetworkSection, TrainConfig
+from lorasmith.config import TrainConfig
 from lorasmith.data import captions, dataset_metadata
 from lorasmith.data.plan import Plan
 from lorasmith.data.records import ImageRecord
@@ -147,7 +147,7 @@ def _network_module(cfg: TrainConfig) -> dict[str, Any]:
         args = dict(word.split("=", 1) for word in network.network_args)
         return {"network_module": network.network_module, **({"network_args": args} if args else {})}
     kind = adapter_class(network.adapter)
-    layers = _layer_args(network)
+    layers = _network_args(cfg)
     if kind is LoRA and not network.adapter_options:
         return {"network_args": layers} if layers else {}
     if not kind.lycoris_args:
@@ -157,18 +157,32 @@ def _network_module(cfg: TrainConfig) -> dict[str, Any]:
     args |= {option: str(value) for option, value in options.items()} | layers
     if kind.alpha_means == "constraint" and network.alpha:
         args["constraint"] = str(network.alpha)
+    if network.neuron_dropout:
+        args["dropout"] = str(network.neuron_dropout)
     return {"network_module": "lycoris.kohya", "network_args": args}
 
 
-def _layer_args(network: NetworkSection) -> dict[str, str]:
-    """Return the ranks and alphas of convolutions and blocks as sd-scripts has them, in --network_args."""
+def _network_args(cfg: TrainConfig) -> dict[str, str]:
+    """Return what sd-scripts has in --network_args: of convolutions, blocks, dropout and LoRA+."""
+    network, optimizer = cfg.network, cfg.optimizer
+    single = {
+        "rank_dropout": network.rank_dropout,
+        "module_dropout": network.module_dropout,
+        "loraplus_lr_ratio": optimizer.lora_plus_ratio,
+        "loraplus_unet_lr_ratio": optimizer.unet_lora_plus_ratio,
+        "loraplus_text_encoder_lr_ratio": optimizer.text_encoder_lora_plus_ratio,
+    }
     numbers = {
+        **{name: [number] if number else [] for name, number in single.items()},
         "conv_dim": network.conv_rank and [network.conv_rank],
         "conv_alpha": network.conv_alpha and [network.conv_alpha],
         "block_dims": network.block_ranks,
         "block_alphas": network.block_alphas,
         "conv_block_dims": network.conv_block_ranks,
         "conv_block_alphas": network.conv_block_alphas,
+        "down_lr_weight": optimizer.block_lr[:12],
+        "mid_lr_weight": optimizer.block_lr[12:13],
+        "up_lr_weight": optimizer.block_lr[13:],
     }
     return {name: ",".join(map(str, own)) for name, own in numbers.items() if own}
 
