@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from lorasmith.errors import UserError
+from lorasmith.hub import model_folder
 from lorasmith.seeds import derive
-from lorasmith.taggers.base import CaptionerOptions, model_folder
+from lorasmith.taggers.base import CaptionerOptions
 
 # No .bin and no .py: nothing that is fetched is ever executed.
 _PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
@@ -33,7 +34,7 @@ def folder_of(name: str) -> Path:
     Raises:
         UserError: it is nowhere, or lacks a file.
     """
-    return model_folder(name, _PATTERNS, _REQUIRED)
+    return model_folder("--model", name, _PATTERNS, _REQUIRED)
 
 
 def kind_of(folder: Path) -> str:

@@ -13,7 +13,6 @@ import inspect
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -100,41 +99,3 @@ def choose_home(device: str, precision: str) -> tuple[torch.device, torch.dtype]
         name = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
     home = torch.device(name)
     return home, DTYPES[choose_precision(precision, home)]
-
-
-def model_folder(name: str, patterns: Sequence[str], required: Sequence[Sequence[str]]) -> Path:
-    """Return the folder of a model: given as such, or fetched from the Hugging Face hub by its id.
-
-    Args:
-        patterns: the files that are fetched.
-        required: what must be there: one file of each group.
-
-    Raises:
-        UserError: it is nowhere, or lacks what is required.
-    """
-    path = Path(os.path.expanduser(name))
-    folder = path if path.is_dir() else _fetched(name, path, patterns)
-    missing = [" or ".join(group) for group in required if not any(any(folder.glob(one)) for one in group)]
-    if missing:
-        raise UserError(
-            f"--model {name}: the folder {folder} lacks {', and '.join(missing)}; give a complete model of this kind, "
-            "or get it again."
-        )
-    return folder
-
-
-def _fetched(name: str, path: Path, patterns: Sequence[str]) -> Path:
-    is_hub_id = name.count("/") == 1 and all(name.split("/")) and name[0] not in ".~" and not path.parent.is_dir()
-    if path.exists() or not is_hub_id:
-        reason = "this is a file" if path.exists() else "there is no such folder"
-        raise UserError(f"--model {name}: {reason}; give the folder of a model, or a hub id (org/name).")
-    from huggingface_hub import snapshot_download  # only this way of naming a model needs it
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns)))
-    except Exception as error:  # the hub client raises many kinds: offline, not found, gated
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"--model {name}: no folder here, and the hub did not give it ({reason}); give the folder of a downloaded "
-            "model, or check the name and the connection."
-        ) from error

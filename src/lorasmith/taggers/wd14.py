@@ -15,7 +15,8 @@ from PIL import Image
 
 from lorasmith.data.tags import CHARACTER, RATING, ScoredTag
 from lorasmith.errors import UserError
-from lorasmith.taggers.base import TAGS, TaggerOptions, model_folder
+from lorasmith.hub import model_folder
+from lorasmith.taggers.base import TAGS, TaggerOptions
 
 MAKES = TAGS
 DEFAULT_MODEL = "SmilingWolf/wd-swinv2-tagger-v3"
@@ -41,7 +42,7 @@ def load(options: TaggerOptions) -> "Wd14":
             "onnxruntime-gpu)"
         ) from error
     providers = _providers(options.providers, onnxruntime.get_available_providers())
-    folder = model_folder(options.model or DEFAULT_MODEL, (f"{_GRAPH}*", _TABLE), ((_GRAPH,), (_TABLE,)))
+    folder = model_folder("--model", options.model or DEFAULT_MODEL, (f"{_GRAPH}*", _TABLE), ((_GRAPH,), (_TABLE,)))
     tags = _read_table(folder / _TABLE)
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3  # errors only
