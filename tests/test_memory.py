@@ -117,6 +117,43 @@ def test_plain_attention_gives_the_same_gradients_without_torchs_kernel(
         gradients(model, network)
 
 
+def test_attention_in_slices_is_the_same_a_head_at_a_time(
+    trained: tuple[Any, Network], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, network = trained
+    memory.set_attention(model, "sdpa")
+    expected = gradients(model, network)
+    memory.set_attention(model, "sliced")
+    attend, shapes = torch.nn.functional.scaled_dot_product_attention, set[tuple[int, ...]]()
+
+    def watch(query: Tensor, *rest: Any, **options: Any) -> Tensor:
+        shapes.add(tuple(query.shape[:2]))
+        return attend(query, *rest, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watch)
+    found = gradients(model, network)
+    assert (1, 1) in shapes and len(shapes) == 2  # the other is the text encoder's
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "error, expected",
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_errors_that_say_that_memory_is_used_up(error: Exception, expected: bool) -> None:
+    assert memory.is_out_of_memory(error) == expected
+
+
 class _Fused(torch.autograd.Function):
     """What a fused attention keeps: its inputs and its output."""
 

@@ -1510,7 +1510,15 @@ class DrawConfig(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         default="auto", description="Precision of the model; auto is bf16 on a GPU that has it, else fp32."
     )
-    attention: Literal["sdpa", "plain"] = Field(default="sdpa", description="Attention implementation.")
+    attention: Literal["sdpa", "plain", "sliced"] = Field(
+        default="sdpa",
+        description="Attention implementation: torch's own, plain products, or a head at a time, for less memory.",
+    )
+    on_out_of_memory: Literal["retry", "stop"] = Field(
+        default="retry",
+        description="Where memory runs out: draw the same again with less (smaller batches, attention in slices, the VAE "
+        "on the CPU), or stop.",
+    )
     device: str = Field(default="auto", description="Where to draw: auto, cpu, cuda, cuda:1, mps.")
     progress: bool = Field(default=True, description="Show a progress bar.")
 

@@ -1,20 +1,23 @@
-"""What a training run keeps in memory, and the two means against it: gradient checkpointing and the attention chosen.
+"""What a training run keeps in memory, and the means against it: gradient checkpointing and the attention chosen.
 
 Works on diffusers' and transformers' modules, and on numbers; knows no model family. These libraries are imported with
 the first model, not with this module: it takes seconds, and a plan is printed without them.
 """
 
+import gc
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import product
 from threading import RLock
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-Attention = Literal["sdpa", "plain"]
+Attention = Literal["sdpa", "plain", "sliced"]
 
 _LENDING = RLock()
 _VALUE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -27,6 +30,7 @@ _COUNTED_WIDTH = 320
 # Without SDPA the scores of the self-attentions are kept: 5 layers of 8 heads at the finest level, the rest adds 7 %.
 _PLAIN_SCORES = 5 * 8 * 1.07
 _TEXT_POSITIONS = 77
+_OUT_OF_MEMORY = ("out of memory", "allocate memory", "alloc_failed")  # of drivers, the CPU, CUDA's libraries
 _TEXT_TENSORS_PER_LAYER = 20  # what autograd keeps of a layer, in tensors of (77, width)
 _ADAPTER_BYTES = 16  # fp32 weight, gradient and AdamW's two moments
 
@@ -62,14 +66,53 @@ def set_gradient_checkpointing(model: _Parts, enabled: bool) -> None:
 
 
 def set_attention(model: _Parts, kind: Attention) -> None:
-    """Compute attention with torch's fused kernels (`sdpa`) or with plain matrix products (`plain`)."""
+    """Compute attention with torch's fused kernels (`sdpa`), with plain matrix products (`plain`), or in slices.
+
+    `sliced` is `sdpa` for one head at a time, so that no more than a head's scores are in memory where a device has no
+    fused kernel.
+    """
     from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from transformers import PreTrainedModel
 
     assert isinstance(model.denoiser, UNet2DConditionModel) and isinstance(model.text_encoder, PreTrainedModel)
-    model.denoiser.set_attn_processor(AttnProcessor2_0() if kind == "sdpa" else AttnProcessor())
-    model.text_encoder.set_attn_implementation("sdpa" if kind == "sdpa" else "eager")
+    processors: dict[Attention, Any] = {"sdpa": AttnProcessor2_0, "plain": AttnProcessor, "sliced": _Sliced}
+    model.denoiser.set_attn_processor(processors[kind]())
+    model.text_encoder.set_attn_implementation("eager" if kind == "plain" else "sdpa")
+
+
+class _Sliced:
+    """What diffusers' layers of attention call, as far as the U-Net's need it: without masks, over (B, N, C)."""
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **options: Any
+    ) -> Tensor:
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query, key, value = (  # each (B, heads, N, C / heads)
+            part.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            for part in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
+        )
+        found = torch.empty_like(query)
+        for picture, head in product(range(query.shape[0]), range(attn.heads)):
+            own = (slice(picture, picture + 1), slice(head, head + 1))
+            found[own] = F.scaled_dot_product_attention(query[own], key[own], value[own])
+        return attn.to_out[0](found.transpose(1, 2).flatten(2))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the memory of a device or of the machine is used up."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _OUT_OF_MEMORY)
+
+
+def release_memory() -> None:
+    """Give back what is no longer used, so that all of it can be had in one piece."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    elif torch.backends.mps.is_available():
+        torch.mps.empty_cache()
 
 
 def vae_home(device: torch.device, *, caches_latents: bool) -> torch.device:

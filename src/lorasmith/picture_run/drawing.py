@@ -3,7 +3,9 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,11 +18,12 @@ from lorasmith.data.buckets import Size
 from lorasmith.devices import DTYPES, check_device, choose_device, choose_precision
 from lorasmith.errors import UserError
 from lorasmith.formats import embeddings
-from lorasmith.memory import set_attention
+from lorasmith.memory import is_out_of_memory, set_attention
 from lorasmith.models.base import LatentDiffusion, ModelFacts
 from lorasmith.models.embeddings import Embeddings
 from lorasmith.picture_run.loras import Loras
 from lorasmith.picture_run.pictures import Picture
+from lorasmith.picture_run.thrift import Thrift
 from lorasmith.sampling import Beginning, Wish, draw
 
 
@@ -102,15 +105,17 @@ def drawn(
         is_folded: LoRAs are folded into the weights while they are used, not attached.
         source: None: pictures are drawn from noise alone.
     """
+    thrift = Thrift(cfg, model)
     for tags, same in groupby(pictures, key=lambda one: one.loras):
         with merging.applied(model, loras.additions(tags), is_folded=is_folded):
             for (size, steps, guidance, sampler), alike in groupby(same, key=lambda one: one.settings):
                 rest, beginning = list(alike), None if source is None else _beginning(model, source, size)
                 while rest:
-                    batch, rest = rest[: cfg.batch_size], rest[cfg.batch_size :]
-                    found = draw(
+                    batch = rest[: thrift.batch_size]
+                    work = partial(
+                        _draw,
                         model,
-                        _wishes(model, batch),
+                        batch,
                         seeds=[one.seed for one in batch],
                         size=size,
                         steps=steps,
@@ -120,7 +125,13 @@ def drawn(
                         rescale=cfg.guidance_rescale,
                         beginning=beginning,
                     )
-                    yield from zip(batch, found, strict=True)
+                    if (found := thrift.tried(len(batch), work)) is not None:
+                        rest = rest[len(batch) :]
+                        yield from zip(batch, found, strict=True)
+
+
+def _draw(model: LatentDiffusion, batch: Sequence[Picture], **settings: Any) -> list[Image.Image]:
+    return draw(model, _wishes(model, batch), **settings)
 
 
 def _beginning(model: LatentDiffusion, source: Source, size: Size) -> Beginning:
@@ -160,17 +171,19 @@ def telling_of_memory(cfg: DrawConfig, base: Base, pictures: Sequence[Picture], 
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         raise UserError(_out_of_memory(cfg, base, pictures, written, error)) from error
 
 
 def _out_of_memory(cfg: DrawConfig, base: Base, pictures: Sequence[Picture], written: str, error: BaseException) -> str:
     width, height = max((one.size for one in pictures), key=lambda size: size[0] * size[1])
+    is_stopped = cfg.on_out_of_memory == "stop"  # otherwise all that changes no picture was tried
     ways = [
-        *([f"a lower --batch-size than {cfg.batch_size}"] if cfg.batch_size > 1 else []),
+        *(["--on-out-of-memory retry, which finds what fits"] if is_stopped else []),
+        *([f"a lower --batch-size than {cfg.batch_size}"] if is_stopped and cfg.batch_size > 1 else []),
+        *(["--attention sliced"] if is_stopped and cfg.attention != "sliced" else []),
         *(["--precision bf16, which takes half"] if base.precision == "fp32" else []),
-        *(["--attention sdpa"] if cfg.attention == "plain" else []),
         f"a smaller --size than {width},{height}",
         "closing other programs",
     ]
