@@ -184,6 +184,11 @@ def test_a_run_does_not_go_on_with_another_optimizer(place: Place, capsys: pytes
         (["--optimizer-args", "betas"], "expected key=value, such as betas=0.9,0.99"),
         (["--optimizer", "prodigy", "--unet-lr", "0.5"], "prodigy makes one learning rate for all that is trained"),
         (["--optimizer", "prodigy", "--lora-plus-ratio", "4"], "prodigy makes one learning rate for all that is"),
+        (["--optimizer", "prodigy", "--block-lr", *["0"] * 24, "0.5"], "lora_plus_ratio and block_lr cannot differ"),
+        (
+            ["--optimizer", "dadapt_sgd", "--train", "unet", "--block-lr", *["1"] * 24, "0.5"],
+            "and block_lr cannot differ",
+        ),
         (["--optimizer", "schedule_free_sgd", "--lr-schedule", "cosine"], "needs no schedule, but lr_schedule = cosin"),
         (["--optimizer", "schedule_free_sgd", "--ema-decay", "0.9"], "saves an average of the weights by itself"),
         (["--optimizer", "schedule_free_sgd", "--max-norm", "1"], "so max_norm would hold back others than are saved"),

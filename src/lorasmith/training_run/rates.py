@@ -66,11 +66,14 @@ def _check(rates: Rates, options: OptimizerSection, schedule: Schedule, *, has_a
     learned = [rate for rate in rates.parts.values() if rate.rate]
     if not learned:
         raise UserError("every part that is to be trained has a learning rate of 0; give one of them another.")
-    has_several = len({rate.rate for rate in learned}) > 1 or any(rate.up_ratio != 1 for rate in learned)
+    given = {rate.rate for part, rate in rates.parts.items() if part != "unet"}
+    if "unet" in rates.parts:
+        given |= {rates.parts["unet"].rate * factor for factor in options.block_lr or [1]}
+    has_several = len(given - {0}) > 1 or any(rate.up_ratio != 1 for rate in learned)
     if has_several and (rates.optimizer.finds_rate or rates.optimizer.owns_rate):
         raise UserError(
-            f"--optimizer {name} makes one learning rate for all that is trained, so unet_lr, text_encoder_lr and "
-            "lora_plus_ratio cannot differ by part; leave them out (0 for a part that is to stay as it is works)."
+            f"--optimizer {name} makes one learning rate for all that is trained, so unet_lr, text_encoder_lr, "
+            "lora_plus_ratio and block_lr cannot differ; leave them out (0 for what is to stay as it is works)."
         )
     is_even = schedule.name == "constant" and not (schedule.warmup_steps and rates.optimizer.owns_rate)
     if rates.optimizer.owns_schedule and not is_even:
