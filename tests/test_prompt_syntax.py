@@ -33,7 +33,7 @@ from lorasmith.prompt_syntax import LoraTag, chosen, composed, take_loras, varia
 )
 def test_all_variants(text: str, expected: list[str]) -> None:
     assert variants(text) == expected
-    assert {chosen(text, random.Random(seed)) for seed in range(50)} >= set(expected[:1])
+    assert {one for seed in range(50) for one in chosen(text, random.Random(seed))} >= set(expected[:1])
 
 
 @given(st.text("ab{}|$12- \\", max_size=30), st.integers(0, 5))
@@ -42,8 +42,24 @@ def test_what_is_drawn_is_one_of_the_variants_but_for_the_order_in_a_choice_of_s
         every = variants(text)
     except UserError:
         return
-    assert sorted(chosen(text, random.Random(seed))) in [sorted(one) for one in every]
+    [one] = chosen(text, random.Random(seed))
+    assert sorted(one) in [sorted(one) for one in every]
     assert chosen(text, random.Random(seed)) == chosen(text, random.Random(seed))
+
+
+@pytest.mark.parametrize("text", ["a {b|c {d|e}} f", "{a|b} {c|d}", "{2$$a|b|c}", "{1-2$$ and $$a|b}"])
+def test_of_a_marked_choice_all_variants_are_drawn(text: str) -> None:
+    marked = text.replace("{", "{e$$")
+    assert chosen(marked, random.Random(0)) == variants(marked) == variants(text)
+    drawn = [chosen(f"{{x|y|z}} {marked}", random.Random(seed)) for seed in range(20)]
+    assert all([one[2:] for one in some] == variants(text) and len({one[0] for one in some}) == 1 for some in drawn)
+    assert {some[0][0] for some in drawn} == {"x", "y", "z"}
+
+
+def test_too_many_variants_are_refused_before_they_fill_the_memory() -> None:
+    for text in ("{e$$a|b}" * 40, "{" + "{e$$a|b}" * 40 + "|" + "{e$$a|b}" * 40 + "}"):
+        with pytest.raises(UserError, match="more than 10,000 variants"):
+            chosen(text, random.Random(0))
 
 
 @pytest.mark.parametrize("text", ["{3$$a|b}", "{2-1$$a|b}"])

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorasmith.errors import UserError
-from lorasmith.prompts import Prompt, is_file, parse, read_file
+from lorasmith.prompts import Prompt, check_plain, is_file, parse, read_file
 
 WORDS = st.text("abcXYZ ,.:()-ü", max_size=20).map(lambda text: " ".join(text.replace("--", "-").split()))
 TEXTS = WORDS.filter(lambda text: text and not text.startswith("#"))
@@ -20,25 +20,38 @@ PROMPTS = st.builds(
     negative=st.none() | WORDS,
     width=st.none() | st.integers(1, 200).map(lambda n: 8 * n),
     height=st.none() | st.integers(1, 200).map(lambda n: 8 * n),
-    seed=st.none() | st.integers(0, 2**32),
+    seeds=st.none() | st.lists(st.integers(0, 2**32), min_size=1, max_size=3).map(tuple),
     steps=st.none() | st.integers(1, 1000),
     guidance=st.none() | st.floats(0, 30),
     sampler=st.none() | st.sampled_from(["ddim", "k_euler_a"]),
+    negative_guidance=st.none() | st.floats(0, 30),
+    denoise=st.none() | st.floats(0.01, 1),
+    strengths=st.none() | st.lists(st.floats(-2, 2), min_size=1, max_size=3).map(tuple),
+    file=st.none() | st.sampled_from(["cat", "a {seed}.webp"]),
 )
-OPTIONS = {"negative": "n", "width": "w", "height": "h", "seed": "d", "steps": "s", "guidance": "l", "sampler": "ss"}
+OPTIONS = {
+    "negative": "n", "width": "w", "height": "h", "seeds": "d", "steps": "s", "guidance": "l", "sampler": "ss",
+    "negative_guidance": "nl", "denoise": "t", "strengths": "am", "file": "f",
+}  # fmt: skip
 KEYS = {
-    "text": "prompt", "negative": "negative_prompt", "width": "width", "height": "height", "seed": "seed",
-    "steps": "sample_steps", "guidance": "scale", "sampler": "sample_sampler",
+    "text": "prompt", "negative": "negative_prompt", "width": "width", "height": "height", "seeds": "seed",
+    "steps": "sample_steps", "guidance": "scale", "sampler": "sample_sampler", "negative_guidance": "negative_scale",
+    "denoise": "denoise", "strengths": "lora_strengths", "file": "file_name",
 }  # fmt: skip
 
 
 def line(prompt: Prompt) -> str:
     given = {name: value for name, value in asdict(prompt).items() if name != "text" and value is not None}
-    return " ".join([prompt.text, *(f"--{OPTIONS[name]} {value}" for name, value in given.items())])
+    return " ".join([prompt.text, *(f"--{OPTIONS[name]} {typed(value)}" for name, value in given.items())])
+
+
+def typed(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def entry(prompt: Prompt) -> dict[str, object]:
-    return {KEYS[name]: value for name, value in asdict(prompt).items() if value is not None}
+    values = {KEYS[name]: value for name, value in asdict(prompt).items() if value is not None}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
 @given(PROMPTS)
@@ -75,7 +88,10 @@ def test_what_stands_under_prompt_holds_for_all(tmp_path: Path) -> None:
         ("a --s 0", "from 1 to 1000"),
         ("a --l -1", "at least 0"),
         ("a --fs 3", "for models that cannot be trained here"),
-        ("a --am 0.8,0.5", "<lora:name:0.8>"),
+        ("a --d 1,x", "expected a whole number, or several with commas"),
+        ("a --am 0.8,much", "--am 0.8,much: expected a number for each LoRA"),
+        ("a --t 0", "--t 0: expected a number above 0 and at most 1"),
+        ("a --f ../b", "--f ../b: expected a name without folders"),
         ("a --zzz", "There are --n (negative)"),
     ],
 )
@@ -110,4 +126,11 @@ def test_a_file_that_cannot_be_meant_is_told(tmp_path: Path, name: str, text: st
 @pytest.mark.parametrize("seed", [0, 2**53 + 1, 2**63 - 1])
 def test_every_seed_is_taken_to_the_digit(seed: int) -> None:
     """2**53 + 1 is the first whole number that a float does not hold."""
-    assert parse(f"a cat --d {seed}").seed == seed
+    assert parse(f"a cat --d {seed}").seeds == (seed,)
+
+
+@pytest.mark.parametrize("option", ["--d 1,2", "--nl 2", "--t 0.5", "--am 0.5", "--f cat"])
+def test_what_only_generate_can_do_is_refused_elsewhere(option: str) -> None:
+    check_plain(parse("a cat --d 1 --w 64 --n bad --l 3 --ss ddim"))
+    with pytest.raises(UserError, match=r"prompt 'a cat': .* for lorasmith generate"):
+        check_plain(parse(f"a cat {option}"))

@@ -1549,6 +1549,11 @@ class GenerateConfig(DrawConfig):
     fold: bool = Field(
         default=False, description="Fold the LoRAs into the weights while they are used: faster, the same pictures."
     )
+    negative_guidance: Annotated[float, Field(ge=0)] | None = Field(
+        default=None,
+        description="Scale of its own for the negative prompt; left out, guidance leads away from it as it leads to "
+        "the prompt.",
+    )
     init: Place | None = Field(
         default=None, description="Picture to draw on from, instead of noise alone; cut to the size of the pictures."
     )

@@ -33,6 +33,18 @@ def _quoted(value: str) -> str:
     return json.dumps(value, ensure_ascii=False) if any(sign in value for sign in ',:\n"') else value
 
 
+def check_pattern(where: str, pattern: str) -> None:
+    """Check a pattern of names.
+
+    Raises:
+        UserError: it has a field that there is not.
+    """
+    if unknown := [name for name in _FIELD.findall(pattern) if name not in FIELDS]:
+        raise UserError(
+            f"{where}: there is no field {{{unknown[0]}}}; there are {', '.join(f'{{{name}}}' for name in FIELDS)}."
+        )
+
+
 class PictureFolder:
     """Where pictures go, by a pattern of names such as `{number}-{seed}`; no file that is there is ever replaced.
 
@@ -41,35 +53,37 @@ class PictureFolder:
     """
 
     def __init__(self, path: Path, pattern: str, form: str) -> None:
-        if unknown := [name for name in _FIELD.findall(pattern) if name not in FIELDS]:
-            raise UserError(
-                f"--name {pattern}: there is no field {{{unknown[0]}}}; there are "
-                f"{', '.join(f'{{{name}}}' for name in FIELDS)}."
-            )
+        check_pattern(f"--name {pattern}", pattern)
         if path.exists() and not path.is_dir():
             raise UserError(f"--output {path} is a file; give a folder for the pictures.")
         self._path, self._pattern, self._suffix = path, pattern, SUFFIXES[form]
         self._number = self._last_number()
 
-    def add(self, picture: Image.Image, text: str, fields: Mapping[str, str]) -> Path:
+    def add(self, picture: Image.Image, text: str, fields: Mapping[str, str], pattern: str | None = None) -> Path:
         """Write a picture with its text and return its file; it is whole or not there.
 
         Args:
             fields: what the pattern's fields stand for, all but the number.
+            pattern: of this picture's name, in place of the folder's; may end as one of `SUFFIXES`.
         """
         self._number += 1
-        path = self._free({**fields, "number": f"{self._number:05d}"})
+        pattern, suffix = (self._pattern, self._suffix) if pattern is None else self._split(pattern)
+        path = self._free(pattern, suffix, {**fields, "number": f"{self._number:05d}"})
         with atomic_file(path) as temporary:
-            _write(picture, temporary, self._suffix, text)
+            _write(picture, temporary, suffix, text)
         return path
 
-    def _free(self, fields: Mapping[str, str]) -> Path:
-        name = " ".join(_FIELD.sub(lambda match: _NO_FILE_NAME.sub(" ", fields[match[1]]), self._pattern).split())
+    def _split(self, pattern: str) -> tuple[str, str]:
+        suffix = Path(pattern).suffix
+        return (pattern.removesuffix(suffix), suffix) if suffix in SUFFIXES.values() else (pattern, self._suffix)
+
+    def _free(self, pattern: str, suffix: str, fields: Mapping[str, str]) -> Path:
+        name = " ".join(_FIELD.sub(lambda match: _NO_FILE_NAME.sub(" ", fields[match[1]]), pattern).split())
         name = name.encode()[:_LONGEST].decode(errors="ignore").strip(" .") or fields["number"]
-        path, count = self._path / f"{name}{self._suffix}", 1
+        path, count = self._path / f"{name}{suffix}", 1
         while path.exists():
             count += 1
-            path = self._path / f"{name}-{count}{self._suffix}"
+            path = self._path / f"{name}-{count}{suffix}"
         return path
 
     def _last_number(self) -> int:

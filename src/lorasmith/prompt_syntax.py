@@ -1,5 +1,7 @@
 """What is written into prompts beside words: `<lora:name:0.8>`, `AND` between prompts, `{a|b}` for variants.
 
+`{e$$a|b}` stands for all of its variants even where of others one is drawn.
+
 Weights such as `(a:1.2)` and the word BREAK are the text encoder's business (`data.captions.weights`, `models.sd`).
 """
 
@@ -17,6 +19,7 @@ _LORA = re.compile(r"<lora:([^<>]*)>")
 _AND = re.compile(r"\bAND\b")
 _WEIGHT = re.compile(r"(?P<text>.*?)\s*:\s*(?P<weight>[-+]?(?:\d+\.?\d*|\.\d+))\s*", re.DOTALL)
 _BRACE = re.compile(r"\\?[{|}]")
+_EVERY = re.compile(r"[eE]\$\$")
 _COUNT = re.compile(r"(?:(?P<least>\d+)(?:-(?P<most>\d+))?)?\$\$")
 
 
@@ -72,20 +75,28 @@ def composed(text: str) -> list[tuple[str, float]]:
 
 @dataclass(frozen=True)
 class _Choice:
-    """`{2-3$$ and $$a|b|c}`: that many of the options, joined by the separator; each option is a text with choices."""
+    """`{2-3$$ and $$a|b|c}`: that many of the options, joined by the separator; each option is a text with choices.
+
+    is_every: it is `{e$$a|b}`, which stands for all of them in any case.
+    """
 
     options: "Sequence[_Text]"
     least: int
     most: int
     separator: str
+    is_every: bool
 
 
 _Text = list["str | _Choice"]
 
 
-def chosen(text: str, draws: random.Random) -> str:
-    """Return a text with what is drawn for each `{a|b}` in it; inner ones too."""
-    return _drawn(_parsed(text), draws)
+def chosen(text: str, draws: random.Random) -> list[str]:
+    """Return a text with what is drawn for each `{a|b}` in it, inner ones too; one text for each option of `{e$$a|b}`.
+
+    Raises:
+        UserError: these are more than `MOST_VARIANTS`.
+    """
+    return _counted(text, _drawn(_parsed(text), draws))
 
 
 def variants(text: str) -> list[str]:
@@ -94,24 +105,38 @@ def variants(text: str) -> list[str]:
     Raises:
         UserError: there are more than `MOST_VARIANTS`.
     """
-    found = list(islice(_all(_parsed(text)), MOST_VARIANTS + 1))
+    return _counted(text, _all(_parsed(text)))
+
+
+def _counted(text: str, variants: Iterator[str]) -> list[str]:
+    found = _some(variants)
     if len(found) > MOST_VARIANTS:
         raise UserError(
-            f"prompt {text!r} has more than {MOST_VARIANTS:,} variants; leave out --all-variants, and give --images, "
-            "to draw some of them."
+            f"prompt {text!r} has more than {MOST_VARIANTS:,} variants; leave out --all-variants and {{e$$...}}, and "
+            "give --images, to draw some of them."
         )
     return found
 
 
-def _drawn(text: _Text, draws: random.Random) -> str:
-    parts = []
-    for part in text:
-        if isinstance(part, _Choice):
-            options = draws.sample(range(len(part.options)), draws.randint(part.least, part.most))
-            parts.append(part.separator.join(_drawn(part.options[number], draws) for number in options))
-        else:
-            parts.append(part)
-    return "".join(parts)
+def _some(variants: Iterator[str]) -> list[str]:
+    """Return all of them, or so many that it is clear that they are too many."""
+    return list(islice(variants, MOST_VARIANTS + 1))
+
+
+def _drawn(text: _Text, draws: random.Random) -> Iterator[str]:
+    parts = [_some(_drawn_of(part, draws)) if isinstance(part, _Choice) else [part] for part in text]
+    return map("".join, product(*parts))
+
+
+def _drawn_of(choice: _Choice, draws: random.Random) -> Iterator[str]:
+    if choice.is_every:
+        texts = [_some(_drawn(option, draws)) for option in choice.options]
+        some = (one for count in range(choice.least, choice.most + 1) for one in combinations(texts, count))
+    else:
+        numbers = draws.sample(range(len(choice.options)), draws.randint(choice.least, choice.most))
+        some = [[_some(_drawn(choice.options[number], draws)) for number in numbers]]
+    for picked in some:
+        yield from map(choice.separator.join, product(*picked))
 
 
 def _all(text: _Text) -> Iterator[str]:
@@ -167,8 +192,10 @@ def _read(text: str, start: int, stops: str, closed: Collection[int]) -> tuple[_
 
 def _read_choice(text: str, start: int, closed: Collection[int]) -> tuple[_Choice, int]:
     """Return the choice whose brace was opened before `start`, and where it ends."""
-    count = _COUNT.match(text, start)
-    least, most, separator, i = 1, 1, ", ", start
+    every = _EVERY.match(text, start)
+    i = every.end() if every else start
+    count = _COUNT.match(text, i)
+    least, most, separator = 1, 1, ", "
     if count:
         least, i = int(count["least"] or 1), count.end()
         most = int(count["most"] or least)
@@ -187,4 +214,4 @@ def _read_choice(text: str, start: int, closed: Collection[int]) -> tuple[_Choic
             f"prompt {text!r}: {text[start - 1 : i]} asks for {least}{'' if most == least else f' to {most}'} of "
             f"{len(options)} variants, which cannot be."
         )
-    return _Choice(options, least, most, separator), i
+    return _Choice(options, least, most, separator, is_every=every is not None), i

@@ -23,17 +23,26 @@ _OPTION = re.compile(r"(?:^|\s)--(?=[A-Za-z])")
 class Prompt:
     """What to draw; None: as it is drawn otherwise.
 
-    width, height: pixels. steps: of the sampler. guidance: scale of classifier-free guidance.
+    width, height: pixels. seeds: of its pictures, at least one. steps: of the sampler. guidance: scale of
+    classifier-free guidance.
+
+    The rest is for `lorasmith generate` alone. negative_guidance: scale for the negative prompt. denoise: share of the
+    steps that are drawn on from a picture. strengths: of the LoRAs that are given, in their order. file: pattern of
+    its pictures' names.
     """
 
     text: str
     negative: str | None = None
     width: int | None = None
     height: int | None = None
-    seed: int | None = None
+    seeds: tuple[int, ...] | None = None
     steps: int | None = None
     guidance: float | None = None
     sampler: str | None = None
+    negative_guidance: float | None = None
+    denoise: float | None = None
+    strengths: tuple[float, ...] | None = None
+    file: str | None = None
 
 
 def _side(value: Any) -> int:
@@ -51,6 +60,42 @@ def _whole(value: Any) -> int:
     except (TypeError, ValueError, OverflowError):
         raise ValueError("a whole number") from None
     return int(value) if isinstance(value, int) or str(value).isdecimal() else int(number)  # no float holds every seed
+
+
+def _seeds(value: Any) -> tuple[int, ...]:
+    try:
+        return tuple(_whole(one) for one in _several(value))
+    except ValueError:
+        raise ValueError("a whole number, or several with commas between them") from None
+
+
+def _numbers(value: Any) -> tuple[float, ...]:
+    try:
+        numbers = tuple(math.nan if isinstance(one, bool) else float(one) for one in _several(value))
+    except (TypeError, ValueError):
+        numbers = ()
+    if not numbers or not all(map(math.isfinite, numbers)):
+        raise ValueError("a number for each LoRA, with commas between them")
+    return numbers
+
+
+def _several(value: Any) -> Sequence[Any]:
+    """Return what a list of a file holds, or a text between its commas; anything else is one."""
+    if isinstance(value, str):
+        return [one.strip() for one in value.split(",")]
+    return value if isinstance(value, list) and value else [value]
+
+
+def _share(value: Any) -> float:
+    if not 0 < (number := _scale(value)) <= 1:
+        raise ValueError("a number above 0 and at most 1")
+    return number
+
+
+def _file(value: Any) -> str:
+    if not _text(value) or set(value) & set("/\\"):
+        raise ValueError("a name without folders")
+    return value
 
 
 def _count(value: Any) -> int:
@@ -80,11 +125,16 @@ _TABLE: tuple[tuple[str, str, str, Callable[[Any], Any]], ...] = (
     ("n", "negative_prompt", "negative", _text),
     ("w", "width", "width", _side),
     ("h", "height", "height", _side),
-    ("d", "seed", "seed", _whole),
+    ("d", "seed", "seeds", _seeds),
     ("s", "sample_steps", "steps", _count),
     ("l", "scale", "guidance", _scale),
     ("ss", "sample_sampler", "sampler", _text),
+    ("nl", "negative_scale", "negative_guidance", _scale),
+    ("t", "denoise", "denoise", _share),
+    ("am", "lora_strengths", "strengths", _numbers),
+    ("f", "file_name", "file", _file),
 )
+_FOR_GENERATE = ("nl", "t", "am", "f")
 _BY_OPTION = {option: (field, read) for option, _, field, read in _TABLE}
 _BY_KEY = {"prompt": ("text", _text), **{key: (field, read) for _, key, field, read in _TABLE}}
 _WRITTEN_OUT = {name: option for option, key, field, _ in _TABLE for name in (key, field)}
@@ -106,6 +156,19 @@ def parse(line: str) -> Prompt:
         field, read = _BY_OPTION[name]
         fields[field] = _read(f"prompt {line!r}: --{name} {value.strip()}", read, value.strip())
     return Prompt(text.strip(), **fields)
+
+
+def check_plain(prompt: Prompt) -> None:
+    """Check that a prompt has no option that `lorasmith generate` alone draws with.
+
+    Raises:
+        UserError: it has one.
+    """
+    if len(prompt.seeds or ()) > 1:
+        raise UserError(f"prompt {prompt.text!r}: several seeds are for lorasmith generate; give one.")
+    for option in _FOR_GENERATE:
+        if getattr(prompt, _BY_OPTION[option][0]) is not None:
+            raise UserError(f"prompt {prompt.text!r}: --{option} is for lorasmith generate; leave it out here.")
 
 
 def is_file(prompts: Sequence[str]) -> bool:
@@ -171,8 +234,6 @@ def _entry(entry: Any) -> Prompt:
 def _unknown_option(name: str) -> str:
     if name in _FOR_OTHERS:
         return f"--{name} is for models that cannot be trained here; leave it out."
-    if name == "am":
-        return "--am, sd-scripts' strength of each LoRA, is written into the prompt here: <lora:name:0.8>."
     near = difflib.get_close_matches(name.lower().replace("-", "_"), [*_WRITTEN_OUT, *_BY_OPTION], n=1)
     hint = f"did you mean --{_WRITTEN_OUT.get(near[0], near[0])}? " if near else ""
     names = ", ".join(f"--{option} ({field})" for option, _, field, _ in _TABLE)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lorasmith.errors import UserError
 from lorasmith.models.base import Conditioning, LatentDiffusion, ModelFacts
-from lorasmith.prompts import Prompt
+from lorasmith.prompts import Prompt, check_plain
 
 Value = TypeVar("Value")
 
@@ -83,14 +83,19 @@ class Drawing:
         """Return what a prompt asks for, which is as here where it does not say.
 
         Raises:
-            UserError: it asks for a sampler that there is not.
+            UserError: it asks for a sampler that there is not, or for what only `lorasmith generate` can do.
         """
+        check_plain(prompt)
+        return self.shared_settings(prompt)
+
+    def shared_settings(self, prompt: Prompt) -> "Drawing":
+        """Return the same of what all commands can draw with, whatever else the prompt asks for."""
         width, height = self.size
         return Drawing(
             prompt=prompt.text,
             negative=_or(prompt.negative, self.negative),
             size=(_or(prompt.width, width), _or(prompt.height, height)),
-            seed=_or(prompt.seed, self.seed),
+            seed=prompt.seeds[0] if prompt.seeds else self.seed,
             steps=_or(prompt.steps, self.steps),
             guidance=_or(prompt.guidance, self.guidance),
             sampler=sampler_named(_or(prompt.sampler, self.sampler)),

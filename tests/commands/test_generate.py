@@ -218,6 +218,40 @@ def test_texts_of_any_length_are_drawn_together_as_alone(draw: Callable[..., lis
     assert difference(draw(long + "and a dog", "--negative", "bad")[0], pictures[1]) > 0
 
 
+def test_the_negative_prompt_may_have_a_scale_of_its_own(draw: Callable[..., list[Path]]) -> None:
+    """g(text - away) + away = empty + g(text - empty) - (g - 1)(away - empty); and with 0 it has no part."""
+    usual, same, none, own = draw(
+        "a cat", "a cat --nl 6.5", "a cat --nl 0", "a cat --nl 2", "--negative", "bad", "--batch-size", 4
+    )
+    assert difference(usual, same) <= 1 and difference(none, draw("a cat")[0]) <= 1
+    assert min(difference(own, other) for other in (usual, none)) > 1
+    [by_option] = draw("a cat", "--negative", "bad", "--negative-guidance", 2)
+    assert difference(own, by_option) <= 1 and parsed(text_of(own))["Negative guidance"] == "2"
+
+
+def test_a_prompt_lists_the_seeds_of_its_pictures_and_says_their_name(draw: Callable[..., list[Path]]) -> None:
+    listed = draw("a cat --d 9,3 --f some", steps=1)
+    assert [path.name for path in listed] == ["some-2.png", "some.png"]
+    for path, seed in zip(listed, (3, 9), strict=True):
+        assert is_same(path, draw("a cat", "--seed", seed, steps=1)[0])
+    assert [path.name for path in draw("a cat --f {seed}.webp", "--images", 2, steps=1)] == ["7.webp", "8.webp"]
+
+
+def test_each_prompt_says_how_much_of_a_picture_is_drawn_anew(draw: Callable[..., list[Path]], tmp_path: Path) -> None:
+    Image.linear_gradient("L").resize((64, 64)).save(tmp_path / "init.png")
+    init = ("--init", tmp_path / "init.png")
+    usual, less = draw("a cat", "a cat --t 0.5", *init, "--denoise", 1)
+    assert is_same(less, draw("a cat", *init, "--denoise", 0.5)[0]) and not is_same(usual, less)
+    assert parsed(text_of(less))["Denoising strength"] == "0.5"
+
+
+def test_a_prompt_says_how_strong_each_lora_is(draw: Callable[..., list[Path]], loras: dict[str, Path]) -> None:
+    given = ("--lora", loras["robot"], loras["style"])
+    [picture] = draw("a cat --am 0.5,-1", *given)
+    assert is_same(picture, draw("a cat", *given, "--strength", 0.5, -1)[0])
+    assert parsed(text_of(picture))["Prompt"] == "a cat <lora:robot:0.5> <lora:style:-1>"
+
+
 def test_prompts_that_AND_joins_are_summed_with_their_weights(draw: Callable[..., list[Path]]) -> None:
     cat, dog, both, halves, only = draw(
         "a cat", "a dog", "a cat AND a dog", "a cat :0.5 AND a cat :0.5", "a cat AND a dog :0", "--batch-size", 5
@@ -467,6 +501,13 @@ def test_what_was_drawn_before_the_end_is_there_and_whole(
         (["a cat", "--base", "BASE", "--lora-folder", "gone"], "--lora-folder gone: there is no such folder"),
         (["a cat", "--base", "BASE", "--lora", "SD2"], "is a LoRA for SD 2.x, and the model is SD 1.x"),
         (["{3$$a|b}", "--base", "BASE"], "asks for 3 of 2 variants"),
+        (["a cat --am 1,2", "--base", "BASE", "--lora", "ROBOT"], "--am 1,2 has 2 strengths for 1 LoRAs of --lora"),
+        (["a <lora:robot> --am 1", "--base", "BASE", "--lora", "ROBOT"], "--am and <lora:robot> both say"),
+        (["a cat --t 0.5", "--base", "BASE"], "--t 0.5 is for drawing on from a picture; give it with --init"),
+        (["a cat --t 0.01", "--base", "BASE", "--init", "PICTURE"], "0.01 of 20 steps is less than one"),
+        (["a cat --d 1,2,3", "--base", "BASE", "--images", "2"], "has 3 seeds, and --images 2 asks for another"),
+        (["a cat --nl 2 --l 1", "--base", "BASE"], "'a cat': a guidance scale of the negative prompt alone is for"),
+        (["a cat --f {sed}", "--base", "BASE"], r"--f \{sed\}: there is no field \{sed\}"),
         (["{a|b}" * 14, "--base", "BASE", "--all-variants"], "more than 10,000 variants"),
         (["a cat", "--base", "BASE", "--name", "{numbr}"], r"no field \{numbr\}; there are \{number\}"),
         (["a cat", "--base", "BASE", "--output", "ROBOT"], "is a file; give a folder"),

@@ -506,6 +506,8 @@ def test_weights_with_nan(place: Path, tmp_path: Path, refused: Refused) -> None
         (["--device", "cuda:99"], ["--device cuda:99: not here"]),
         (["--precision", "fp15"], ["expected one of auto, fp32, bf16, fp16"]),
         (["--prompts", "nowhere.txt", "--before-after"], ["--prompts nowhere.txt"]),
+        (["--prompts", "a cat --am 0.5", "--before-after"], ["prompt 'a cat': --am is for lorasmith generate"]),
+        (["--prompts", "a cat --d 1,2", "--before-after"], ["several seeds are for lorasmith generate; give one"]),
         (["--resume", "nowhere"], ["--resume nowhere: there is no such folder"]),
         (["--resume", "x", "--overwrite"], ["resume goes on with a run, but overwrite starts afresh"]),
         (["--config", "nowhere.toml"], ["nowhere.toml: there is no such file"]),

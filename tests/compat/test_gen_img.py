@@ -78,6 +78,7 @@ LORAS = ["--network_module", "networks.lora", "lycoris.kohya", "--network_weight
         ([*LORAS, "--network_mul", "0.7", "-0.5", "--network_dim", "4", "--network_merge"],
          {"lora": ["a.pt", "b.safetensors"], "strength": [0.7, -0.5], "fold": True}),
         (["--network_pre_calc"], {"fold": True}),
+        (["--negative_scale=3"], {"negative_guidance": 3.0}),
     ],
 )  # fmt: skip
 def test_each_option_reaches_its_place(words: list[str], places: dict[str, Any]) -> None:
@@ -126,10 +127,10 @@ def test_fp16_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         ([*PROMPT, "--control_net_models", "a", "b"], "--control_net_models is refused: ControlNet"),
         ([*PROMPT, "--highres_fix_scale=0.5"], "--highres_fix_scale is refused: pictures are drawn in one pass"),
         ([*PROMPT, "--clip_guidance_scale=100"], "--clip_guidance_scale is refused"),
-        (["--prompt=a cat --am 0.5"], "--am is refused: write <lora:name:0.5>"),
-        (["--prompt=a cat --t 0.5"], "--t is refused: give --strength"),
-        (["--prompt=a cat --d 1,2 --w 64"], "--d 1,2: expected one seed"),
-        (["--prompt={e$$a|b}"], "--all-variants"),
+        (["--prompt=a cat --am 0.5", "--ckpt=BASE"], "--am 0.5 has 1 strengths for 0 LoRAs"),
+        (["--prompt=a cat --t 0.5", "--ckpt=BASE"], "--t 0.5 is for drawing on from a picture"),
+        (["--prompt=a cat --d 1,2", "--images_per_prompt=3", "--ckpt=BASE"], "has 2 seeds, and --images 3"),
+        (["--prompt=a cat --dsd1 3"], "--dsd1 is refused: Deep Shrink"),
         (["--prompt=a cat --q 1", "--ckpt=BASE"], "there is no option --q"),
         ([*PROMPT, "--netwrk_mul=1"], "did you mean --network_mul?"),
     ],
@@ -141,9 +142,9 @@ def test_mistakes_are_told_in_old_words(
 
 
 def test_what_stands_in_a_line_of_a_file_is_looked_at_too(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    (tmp_path / "p.txt").write_text("# a cat --c dog\na cat --w 64\na dog --nl 2\n")
+    (tmp_path / "p.txt").write_text("# a cat --c dog\na cat --w 64\na dog --ow 2\n")
     told = mistake(capsys, f"--from_file={tmp_path / 'p.txt'}")
-    assert "prompt 'a dog --nl 2': --nl is refused" in told
+    assert "prompt 'a dog --ow 2': --ow is refused" in told
 
 
 # ---- drawing --------------------------------------------------------------------------------------------------------
@@ -213,6 +214,22 @@ def test_several_loras_and_several_pictures_of_a_file_of_prompts(typed_in: Path)
     texts = [Image.open(path).info["parameters"] for path in found]
     assert [re.findall(r"Seed: (\d+)", text) for text in texts] == [["7"], ["8"], ["3"], ["4"]]
     assert all("<lora:char1:0.7> <lora:char2:-0.5>" in text for text in texts)
+
+
+def test_a_line_says_what_is_meant_for_it_alone(typed_in: Path) -> None:
+    """Strengths of the LoRAs, the scale of the negative prompt, two seeds, and the file's name."""
+    modules = ["--network_module", "networks.lora", "networks.lora", "--network_weights"]
+    files = [r"..\lora1\char1.safetensors", r"..\lora2\char2.safetensors", "--network_mul", "0.7", "-0.5"]
+    line = "--prompt={e$$a|the} cat --d 5,9 --nl 2 --am 0,0.4 --f one {seed}.webp"
+    assert run(NAME, line, *COMMON, *modules, *files) == 0
+    found = {path.name: text_of(path) for path in (typed_in / "old").iterdir()}
+    assert sorted(found) == ["one 5-2.webp", "one 5.webp", "one 9-2.webp", "one 9.webp"]
+    assert "the cat <lora:char2:0.4>\n" in found["one 9-2.webp"] and "Seed: 9," in found["one 9-2.webp"]
+    assert all("<lora:char1" not in text and "Negative guidance: 2," in text for text in found.values())
+
+
+def text_of(path: Path) -> str:
+    return Image.open(path).getexif().get_ifd(0x8769)[0x9286][8:].decode("utf-16-be")
 
 
 def test_drawing_on_from_a_picture(typed_in: Path) -> None:

@@ -6,7 +6,7 @@ All is checked before the model is loaded, and each picture is written as soon a
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from lorasmith.data.images import open_image
 from lorasmith.errors import UserError
 from lorasmith.merging import Strength
 from lorasmith.models.base import ModelFacts
-from lorasmith.picture_files import PictureFolder, parameters
+from lorasmith.picture_files import PictureFolder, check_pattern, parameters
 from lorasmith.picture_run.drawing import Source, drawn, load, open_base, telling_of_memory
 from lorasmith.picture_run.facts import facts_of, facts_of_all, fields_of, shown_prompt
 from lorasmith.picture_run.loras import Loras
@@ -43,14 +43,12 @@ def run(cfg: GenerateConfig) -> int:
         if cfg.seed is None and any(one.seed == first_seed for one in pictures):
             print(f"seed {first_seed}, a random one; give it with --seed to draw the same again")
         common = facts_of_all(cfg, base.checkpoint, loras)
-        if source is not None:
-            common = {"Denoising strength": f"{cfg.denoise:g}", **common}
         with telling_of_memory(cfg, base, pictures, f"The pictures that were drawn are in {cfg.output}."):
             model = load(cfg, base)
             found = drawn(cfg, model, pictures, loras, is_folded=cfg.fold, source=source)
             for one, picture in counted(found, len(pictures), "drawing", is_shown=cfg.progress):
                 text = parameters(shown_prompt(one), one.negative, {**facts_of(cfg, one), **common})
-                folder.add(picture, text, fields_of(cfg, one))
+                folder.add(picture, text, fields_of(cfg, one), one.file)
     print(f"{cfg.output}: {len(pictures)} {'picture' if len(pictures) == 1 else 'pictures'}")
     return 0
 
@@ -76,7 +74,7 @@ def _source(cfg: GenerateConfig) -> Source | None:
             f"--mask {cfg.mask} is {mask.width}x{mask.height}, and {cfg.init} is {init.width}x{init.height}; give "
             "a mask of the picture's size."
         )
-    return Source(init, mask, cfg.denoise)
+    return Source(init, mask)
 
 
 def _pictures(
@@ -88,14 +86,19 @@ def _pictures(
         width, height = (max(side // facts.latent_factor, 1) * facts.latent_factor for side in source.picture.size)
         size = width, height
     usual = Drawing("", cfg.negative, size, first_seed, cfg.steps, cfg.guidance, cfg.sampler)
-    found = [picture for prompt in _prompts(cfg) for picture in _of_prompt(cfg, usual.asked(prompt), loras)]
+    found = [picture for prompt in _prompts(cfg) for picture in _of_prompt(cfg, usual, prompt, loras)]
     for one in found:
-        if source is not None and not drawn_steps(one.steps, cfg.denoise):
-            raise UserError(f"--denoise {cfg.denoise:g} of {one.steps} steps is less than one; give more of either.")
+        if one.denoise is not None and not drawn_steps(one.steps, one.denoise):
+            raise UserError(f"--denoise {one.denoise:g} of {one.steps} steps is less than one; give more of either.")
+        if one.negative_guidance is not None and one.guidance <= 1:
+            raise UserError(
+                f"prompt {one.prompt!r}: a guidance scale of the negative prompt alone is for pictures with guidance, "
+                f"and {one.guidance:g} is none; give a scale above 1, or leave it out."
+            )
     for one in found:
         if one.seed > _LARGEST_SEED:
             raise UserError(f"seed {one.seed} is too large; seeds go up to {_LARGEST_SEED}.")
-    for size, steps, _, sampler in dict.fromkeys(one.settings for one in found):
+    for size, steps, sampler in dict.fromkeys((one.size, one.steps, one.sampler) for one in found):
         check_settings(facts, size, steps, sampler, cfg.sigmas)
     return found
 
@@ -110,16 +113,61 @@ def _prompts(cfg: GenerateConfig) -> list[Prompt]:
     return prompts.read_file(cfg.prompts)
 
 
-def _of_prompt(cfg: GenerateConfig, asked: Drawing, loras: Loras) -> Iterator[Picture]:
+def _of_prompt(cfg: GenerateConfig, usual: Drawing, prompt: Prompt, loras: Loras) -> Iterator[Picture]:
     """Return the pictures of one prompt; all its variants are drawn from the same seeds."""
-    texts = prompt_syntax.variants(asked.prompt) if cfg.all_variants else [asked.prompt]
-    for text in texts:
-        for seed in range(asked.seed, asked.seed + cfg.images):
-            if not cfg.all_variants:
-                text = prompt_syntax.chosen(asked.prompt, random.Random(derive(seed, "variants of a prompt")))
-            negative = prompt_syntax.chosen(
-                asked.negative, random.Random(derive(seed, "variants of a negative prompt"))
-            )
-            shown, tags = prompt_syntax.take_loras(text)
-            own = replace(asked, prompt=shown, negative=negative, seed=seed)
-            yield Picture(**vars(own), loras=loras.used(tags))
+    asked = usual.shared_settings(prompt)
+    if prompt.file is not None:
+        check_pattern(f"prompt {prompt.text!r}: --f {prompt.file}", prompt.file)
+    own = {
+        "negative_guidance": cfg.negative_guidance if prompt.negative_guidance is None else prompt.negative_guidance,
+        "denoise": _denoise(cfg, prompt),
+        "file": prompt.file,
+    }
+    for seed, text in _seeds_and_texts(cfg, asked, _seeds(cfg, asked, prompt)):
+        shown, tags = prompt_syntax.take_loras(text)
+        draws = random.Random(derive(seed, "variants of a negative prompt"))
+        for negative in prompt_syntax.chosen(asked.negative, draws):
+            drawing = replace(asked, prompt=shown, negative=negative, seed=seed)
+            yield Picture(**vars(drawing), loras=loras.used(tags, prompt.strengths), **own)
+
+
+def _seeds_and_texts(cfg: GenerateConfig, asked: Drawing, seeds: Sequence[int]) -> Iterator[tuple[int, str]]:
+    if cfg.all_variants:
+        yield from ((seed, text) for text in prompt_syntax.variants(asked.prompt) for seed in seeds)
+        return
+    for seed in seeds:
+        draws = random.Random(derive(seed, "variants of a prompt"))
+        yield from ((seed, text) for text in prompt_syntax.chosen(asked.prompt, draws))
+
+
+def _seeds(cfg: GenerateConfig, asked: Drawing, prompt: Prompt) -> Sequence[int]:
+    """Return the seeds of a prompt's pictures: those that it lists, or one and those after it.
+
+    Raises:
+        UserError: it lists another number of seeds than there are to be pictures.
+    """
+    if len(prompt.seeds or ()) < 2:
+        return range(asked.seed, asked.seed + cfg.images)
+    assert prompt.seeds is not None
+    if cfg.images not in (1, len(prompt.seeds)):
+        raise UserError(
+            f"prompt {prompt.text!r} has {len(prompt.seeds)} seeds, and --images {cfg.images} asks for another number "
+            "of pictures; leave one of them out."
+        )
+    return prompt.seeds
+
+
+def _denoise(cfg: GenerateConfig, prompt: Prompt) -> float | None:
+    """Return the share of the steps that are drawn on from a picture, None where there is none.
+
+    Raises:
+        UserError: a prompt says it, and there is none.
+    """
+    if cfg.init is not None:
+        return cfg.denoise if prompt.denoise is None else prompt.denoise
+    if prompt.denoise is not None:
+        raise UserError(
+            f"prompt {prompt.text!r}: --t {prompt.denoise:g} is for drawing on from a picture; give it with --init, "
+            "or leave --t out."
+        )
+    return None

@@ -30,16 +30,12 @@ _MODULES = (
     "networks.oft", "lycoris.kohya",
 )  # fmt: skip
 _LINE_OPTIONS = {
-    "t": "give --strength, which is for all lines.",
     "c": _GUIDANCE,
-    "nl": "the negative prompt has the scale of --l; leave it out.",
-    "am": "write <lora:name:0.5> before the options of the prompt, with the name of the LoRA's file.",
-    "f": "files are numbered; leave it out.",
     **dict.fromkeys(("ow", "oh", "nw", "nh", "ct", "cl"), _SDXL),
     **dict.fromkeys(("dsd1", "dst1", "dsd2", "dst2", "dsr"), _DEEP_SHRINK),
     **dict.fromkeys(("glt", "glr", "gls", "gle", "glsn", "glus"), _GRADUAL),
 }
-_LINE_OPTION = re.compile(r"(?:^|\s)--(\w+)[ \t]*(\S*)")
+_LINE_OPTION = re.compile(r"(?:^|\s)--(\w+)")
 
 
 # ---- what takes more than one option to say -------------------------------------------------------------------------
@@ -126,18 +122,9 @@ def _notes(given: Values) -> list[str]:
 def _check(given: Values) -> None:
     """Refuse what stands in a prompt and means something to sd-scripts alone."""
     for line in _lines(given):
-        for name, value in _LINE_OPTION.findall(line):
+        for name in _LINE_OPTION.findall(line):
             if name in _LINE_OPTIONS:
                 raise UserError(f"prompt {line!r}: --{name} is refused: {_LINE_OPTIONS[name]}")
-            if name == "d" and "," in value:
-                raise UserError(
-                    f"prompt {line!r}: --d {value}: expected one seed, from which the pictures of a prompt count up."
-                )
-        if "{e$$" in line:
-            raise UserError(
-                f"prompt {line!r}: {{e$$...}} is not known here; `lorasmith generate --all-variants` draws all that "
-                "{a|b} stands for."
-            )
 
 
 def _lines(given: Values) -> list[str]:
@@ -258,7 +245,7 @@ _MACHINE = (
 )
 
 _OTHERS = (
-    *_refused("--negative_scale", "the negative prompt has the scale of --scale; leave it out."),
+    Flag("--negative_scale", "negative_guidance", kind="number"),
     *_refused_switches(
         "--force_scheduler_zero_steps_offset", "samplers begin where diffusers' own for these models do; leave it out."
     ),
@@ -311,8 +298,9 @@ _SCRIPT = Script(
         "`--n_iter 3` draws three times as many pictures of each prompt, all of one prompt before the next.",
         "Prompts are taken whole, however long; sd-scripts cuts them at 75 tokens unless `--max_embeddings_multiples` "
         "is given. Weights such as `(word:1.3)` act fully, as with `--emb_normalize_mode none`.",
-        "A line may hold `--n`, `--w`, `--h`, `--s`, `--d` with one seed, `--l`, and `--ss` for the sampler. Others "
-        "are refused; in place of `--am` write `<lora:name:0.5>` before the options. "
+        "A line may hold `--n`, `--w`, `--h`, `--s`, `--d`, `--l`, `--t`, `--nl`, `--am`, `--f`, and `--ss` for the "
+        "sampler; others are refused. `--d 1,2,3` draws three pictures, whatever `--images_per_prompt` says, and is "
+        "refused where that says another number; `--am` has a number for each file. "
         "[All that may stand in a prompt](generate.md#prompts); `AND` sums what the parts predict, and of `{a|b}` each "
         "picture draws one.",
         "`--from_file` ends in .txt (or .toml or .json); a line that begins with # is none.",

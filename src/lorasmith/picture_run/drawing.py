@@ -83,11 +83,10 @@ def load(cfg: DrawConfig, base: Base) -> LatentDiffusion:
 
 @dataclass(frozen=True)
 class Source:
-    """A picture to draw on from: in its mask's white, or as a whole; `denoise` is the share of the steps drawn."""
+    """A picture to draw on from: in its mask's white, or as a whole."""
 
     picture: Image.Image
     mask: Image.Image | None
-    denoise: float
 
 
 def drawn(
@@ -108,8 +107,9 @@ def drawn(
     thrift = Thrift(cfg, model)
     for tags, same in groupby(pictures, key=lambda one: one.loras):
         with merging.applied(model, loras.additions(tags), is_folded=is_folded):
-            for (size, steps, guidance, sampler), alike in groupby(same, key=lambda one: one.settings):
-                rest, beginning = list(alike), None if source is None else _beginning(model, source, size)
+            for (size, steps, guidance, sampler, denoise), alike in groupby(same, key=lambda one: one.settings):
+                rest = list(alike)
+                beginning = None if source is None or denoise is None else _beginning(model, source, size, denoise)
                 while rest:
                     batch = rest[: thrift.batch_size]
                     work = partial(
@@ -134,31 +134,43 @@ def _draw(model: LatentDiffusion, batch: Sequence[Picture], **settings: Any) -> 
     return draw(model, _wishes(model, batch), **settings)
 
 
-def _beginning(model: LatentDiffusion, source: Source, size: Size) -> Beginning:
+def _beginning(model: LatentDiffusion, source: Source, size: Size, denoise: float) -> Beginning:
     """Return what to draw on from: the picture made as large as is needed, and what is too much cut off its sides."""
     fitted = ImageOps.fit(source.picture.convert("RGB"), size, Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.asarray(fitted, dtype=np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
     if source.mask is None:
-        return Beginning(model.encode_image(pixels), source.denoise)
+        return Beginning(model.encode_image(pixels), denoise)
     latent_size = (size[0] // model.latent_factor, size[1] // model.latent_factor)
     mask = ImageOps.fit(source.mask.convert("L"), size, Image.Resampling.BOX).resize(latent_size, Image.Resampling.BOX)
     shares = torch.from_numpy(np.asarray(mask, np.float32))[None, None] / 255
-    return Beginning(model.encode_image(pixels), source.denoise, shares)
+    return Beginning(model.encode_image(pixels), denoise, shares)
 
 
 @torch.no_grad()
 def _wishes(model: LatentDiffusion, batch: Sequence[Picture]) -> list[Wish]:
     """Return what each picture is to show; every text is encoded alone, so none depends on another's length."""
-    texts = dict.fromkeys(text for one in batch for text in (one.negative, *dict(prompt_syntax.composed(one.prompt))))
-    encoded = {text: model.encode_text([text]) for text in texts}
-    wishes = []
-    for one in batch:
-        parts = prompt_syntax.composed(one.prompt)
-        is_guided = one.guidance > 1 or len(parts) > 1
-        wishes.append(
-            Wish([(encoded[text], weight) for text, weight in parts], encoded[one.negative] if is_guided else None)
-        )
-    return wishes
+    texts = [_texts(one) for one in batch]
+    encoded = {
+        text: model.encode_text([text])
+        for text in dict.fromkeys(text for parts, away in texts for text in (*dict(parts), away))
+        if text is not None
+    }
+    return [
+        Wish([(encoded[text], weight) for text, weight in parts], None if away is None else encoded[away])
+        for parts, away in texts
+    ]
+
+
+def _texts(one: Picture) -> tuple[list[tuple[str, float]], str | None]:
+    """Return the prompts of a picture with their weights, and what guidance leads away from; None: there is none.
+
+    A scale of its own for the negative prompt makes it a part, of which that much is taken away; guidance then leads
+    away from what the model predicts without a prompt.
+    """
+    parts = prompt_syntax.composed(one.prompt)
+    if one.negative_guidance is not None:
+        return [*parts, (one.negative, -one.negative_guidance / one.guidance)], ""
+    return parts, one.negative if one.guidance > 1 or len(parts) > 1 else None
 
 
 @contextmanager

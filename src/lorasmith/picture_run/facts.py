@@ -34,6 +34,8 @@ def facts_of(cfg: DrawConfig, one: Picture) -> dict[str, str]:
         "CFG scale": f"{one.guidance:g}",
         "Seed": str(one.seed),
         "Size": f"{one.size[0]}x{one.size[1]}",
+        **({} if one.denoise is None else {"Denoising strength": f"{one.denoise:g}"}),
+        **({} if one.negative_guidance is None else {"Negative guidance": f"{one.negative_guidance:g}"}),
     }
 
 

@@ -41,19 +41,32 @@ class Loras:
         for tag in self._given:
             self._addition(tag.name)
 
-    def used(self, tags: Sequence[LoraTag]) -> tuple[LoraTag, ...]:
+    def used(self, tags: Sequence[LoraTag], strengths: Sequence[float] | None = None) -> tuple[LoraTag, ...]:
         """Return what a picture is drawn with: those given, at a strength that its prompt says, and others it names.
 
+        Args:
+            strengths: of those given, in their order, in place of their own.
+
         Raises:
-            UserError: a prompt names one that there is not, or names one twice.
+            UserError: a prompt names one that there is not, or says twice how strong one is.
         """
+        given = self._given
+        if strengths is not None:
+            if len(strengths) != len(given):
+                raise UserError(
+                    f"--am {','.join(f'{one:g}' for one in strengths)} has {len(strengths)} strengths for "
+                    f"{len(given)} LoRAs of --lora; give one for each, in the same order."
+                )
+            given = [LoraTag(tag.name, strength, strength) for tag, strength in zip(given, strengths, strict=True)]
         named: dict[str, LoraTag] = {}
         for tag in tags:
             if tag.name in named:
                 raise UserError(f"a prompt names <lora:{tag.name}> twice; leave one of them out.")
+            if strengths is not None and any(tag.name == one.name for one in given):
+                raise UserError(f"--am and <lora:{tag.name}> both say how strong it is; leave one of them out.")
             self._addition(tag.name)
             named[tag.name] = tag
-        found = {tag.name: tag for tag in self._given} | named
+        found = {tag.name: tag for tag in given} | named
         return tuple(tag for tag in found.values() if tag.unet or tag.text_encoder)
 
     def additions(self, tags: Sequence[LoraTag]) -> list[Addition]:

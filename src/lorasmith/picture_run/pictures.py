@@ -9,11 +9,22 @@ from lorasmith.sampling import Drawing
 
 @dataclass(frozen=True)
 class Picture(Drawing):
-    """One picture to draw: `prompt` is without LoRAs, and these are in their order."""
+    """One picture to draw.
+
+    Args:
+        prompt: without LoRAs.
+        loras: these, in their order.
+        negative_guidance: scale for the negative prompt; None: that of the prompt.
+        denoise: share of the steps that are drawn on from a picture; None: it is drawn from noise alone.
+        file: pattern of its name; None: as for all.
+    """
 
     loras: tuple[LoraTag, ...] = ()
+    negative_guidance: float | None = None
+    denoise: float | None = None
+    file: str | None = None
 
     @property
-    def settings(self) -> tuple[Size, int, float, str]:
+    def settings(self) -> tuple[Size, int, float, str, float | None]:
         """What pictures must have in common to be drawn at once."""
-        return self.size, self.steps, self.guidance, self.sampler
+        return self.size, self.steps, self.guidance, self.sampler, self.denoise
