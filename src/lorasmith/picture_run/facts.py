@@ -1,10 +1,14 @@
 """What is written of a picture into its file and its name."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import lorasmith
+from lorasmith.cache_folder import default_place, open_cache
 from lorasmith.checkpoint import Checkpoint, file_sha256
 from lorasmith.config import DrawConfig
+from lorasmith.errors import UserError
+from lorasmith.file_facts import FileFacts
 from lorasmith.picture_run.loras import Loras
 from lorasmith.picture_run.pictures import Picture
 from lorasmith.prompt_syntax import LoraTag
@@ -43,7 +47,7 @@ def facts_of_all(cfg: DrawConfig, checkpoint: Checkpoint, loras: Loras) -> dict[
     """Return what is written into every picture after what is its own."""
     facts = {"Model": _model_name(cfg)}
     if checkpoint.path.is_file():
-        facts = {"Model hash": file_sha256(checkpoint.path)[:10], **facts}
+        facts = {"Model hash": known_sha256(checkpoint.path)[:10], **facts}
     if cfg.vae is not None:
         facts["VAE"] = Path(cfg.vae).name
     if cfg.clip_skip > 1:
@@ -53,6 +57,22 @@ def facts_of_all(cfg: DrawConfig, checkpoint: Checkpoint, loras: Loras) -> dict[
     if hashes := loras.hashes():
         facts["Lora hashes"] = ", ".join(f"{name}: {digits}" for name, digits in hashes.items())
     return {**facts, "Version": f"lorasmith {lorasmith.__version__}"}
+
+
+def known_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, which is found out once and kept in the cache folder: models are gigabytes."""
+    cache = None
+    with suppress(UserError):  # that folder holds other things; without it this only takes longer
+        cache = open_cache(default_place(), lambda _: None)
+    if cache is None:
+        return file_sha256(path)
+    facts = FileFacts(cache / "facts", "sha256")
+    if path in (known := facts.known([path])):
+        return known[path]
+    found = file_sha256(path)
+    with suppress(OSError, UserError):
+        facts.remember({path: found})
+    return found
 
 
 def _model_name(cfg: DrawConfig) -> str:
