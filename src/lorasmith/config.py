@@ -107,6 +107,12 @@ def _check_name(name: str) -> str:
     return name
 
 
+def _check_repository_folder(folder: str) -> str:
+    if "\\" in folder or not all(part.strip(".") for part in folder.split("/")):
+        raise ValueError(f"{folder!r} is no folder in a repository; expected is one like loras/dog")
+    return folder
+
+
 def _check_separator(separator: str) -> str:
     if not separator:
         raise ValueError("an empty text separates nothing; give the separator that the captions have, such as a comma")
@@ -141,6 +147,7 @@ Place = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path
 PlaceOrHubId = Annotated[str, AfterValidator(os.path.expanduser)]
 CacheDir = Annotated[Path, AfterValidator(lambda path: Path(os.path.abspath(os.path.expanduser(path))))]
 FileName = Annotated[str, AfterValidator(_check_name)]
+RepositoryFolder = Annotated[str, AfterValidator(_check_repository_folder)]
 Color = Annotated[str, AfterValidator(_check_color), Field(json_schema_extra={"format": "color"})]
 TokenLength = Annotated[int, AfterValidator(_check_token_length)]
 Trackers = Annotated[list[str], AfterValidator(_check_trackers)]
@@ -682,6 +689,17 @@ class SaveSection(Section):
         "(your-name/my-lora); private if it is new.",
     )
     upload_public: bool = Field(default=False, description="Let everyone see a repository that upload makes.")
+    upload_folder: RepositoryFolder | None = Field(
+        default=None, description="Folder in that repository for all that is uploaded; left out, its root."
+    )
+    upload_saves: bool = Field(
+        default=False, description="Upload each LoRA that is saved on the way too, while training goes on."
+    )
+    upload_states: bool = Field(
+        default=False,
+        description="Upload the states too, to go on elsewhere, with the run's options, which name folders of this "
+        "computer.",
+    )
     share_captions: bool = Field(
         default=True, description="Write folder names and caption tags into the file's metadata, as UIs show them."
     )
@@ -781,6 +799,7 @@ def contradictions(cfg: TrainConfig) -> list[str]:
         *network.model_dump(exclude_defaults=True, include=_OF_ADAPTERS),
         *optimizer.model_dump(exclude_defaults=True, include=_OF_ADAPTERS_RATES),
     ]
+    uploads = _changed(cfg.save, "upload_public", "upload_folder", "upload_saves", "upload_states")
     of_held_out = list(cfg.validation.model_dump(exclude_defaults=True, exclude={"validation_split"}))
     checks = {
         f"dataset_config names folders and captions by itself, but {' and '.join(in_file)} "
@@ -885,9 +904,8 @@ def contradictions(cfg: TrainConfig) -> list[str]:
         "validation_split, their share, is missing; give it, or leave the other out": (
             of_held_out and not cfg.validation.validation_split and not data.dataset_config and not cfg.resume
         ),
-        "upload_public is for upload, where to; give that too, or leave it out": (
-            cfg.save.upload_public and not cfg.save.upload and not cfg.resume
-        ),
+        f"{' and '.join(uploads)} {'is' if len(uploads) == 1 else 'are'} for upload, where to; give that too, or leave "
+        f"{'it' if len(uploads) == 1 else 'them'} out": (uploads and not cfg.save.upload and not cfg.resume),
         "project and run_name are for trackers, but trackers, which of them, is missing; give it, or leave the other "
         "out": ((cfg.log.run_name or _is_changed(cfg.log, "project")) and not cfg.log.trackers and not cfg.resume),
         "resume goes on with a run, but overwrite starts afresh; leave out one of them": (

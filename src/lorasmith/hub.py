@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from lorasmith.command_line import quoted
@@ -31,24 +32,54 @@ def check_upload(repository: str) -> None:
         )
 
 
-def upload(folder: Path, repository: str, *, is_public: bool) -> str:
-    """Upload all of a folder into a repository, made if there is none; return its address.
+@dataclass(frozen=True)
+class Target:
+    """Where to upload to: a repository, made if there is none, and a folder in it ("": its root)."""
+
+    repository: str
+    is_public: bool
+    folder: str = ""
+
+
+def upload(folder: Path, target: Target) -> str:
+    """Upload all of a folder; return the repository's address.
 
     Raises:
         UserError: it failed, for whatever reason; names the command to try again.
+    """
+    try:
+        return send(folder, target, "Upload a LoRA")
+    except UserError as error:
+        private = "" if target.is_public else " --private"
+        command = f"hf upload {target.repository} {quoted(folder)} {quoted(target.folder or '.')}{private}"
+        raise UserError(f"{error} To try again: {command}") from error
+
+
+def send(folder: Path, target: Target, message: str, *, mirrored: str | None = None) -> str:
+    """Upload all of a folder as one commit; return the repository's address.
+
+    Args:
+        mirrored: a pattern (fnmatch) of names within the target; what is there under such and not in `folder` is
+            removed.
+
+    Raises:
+        UserError: it failed, for whatever reason.
     """
     from huggingface_hub import HfApi
 
     try:
         api = HfApi()
-        place = api.create_repo(repository, private=not is_public, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload a LoRA")
+        place = api.create_repo(target.repository, private=not target.is_public, exist_ok=True)
+        api.upload_folder(
+            repo_id=target.repository,
+            folder_path=folder,
+            path_in_repo=target.folder or None,
+            commit_message=message,
+            delete_patterns=mirrored,
+        )
     except Exception as error:  # theirs are of many classes, and those of the network
-        private = "" if is_public else " --private"
-        raise UserError(
-            f"--upload {repository} failed: {str(error).strip().partition(chr(10))[0] or type(error).__name__}. "
-            f"To try again: hf upload {repository} {quoted(folder)} .{private}"
-        ) from error
+        reason = str(error).strip().partition(chr(10))[0] or type(error).__name__
+        raise UserError(f"--upload {target.repository} failed: {reason}.") from error
     return str(place)
 
 

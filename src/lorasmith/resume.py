@@ -25,6 +25,7 @@ CHANGEABLE = {
     "sample_every_steps", "sample_every_epochs", "before_after", "negative", "sample_size", "sample_steps",
     "guidance", "sample_seed", "tensorboard", "progress", "validate_every_epochs", "validate_every_steps",
     "keep_best", "stop_early", "trackers", "project", "run_name", "upload", "upload_public",
+    "upload_folder", "upload_saves", "upload_states",
 }  # fmt: skip
 
 

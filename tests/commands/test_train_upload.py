@@ -22,18 +22,21 @@ from lorasmith.training_run import session
 from ..tiny import write_tiny
 
 WORDS = ["--no-tensorboard", "--no-progress", "--resolution", "64", "--rank", "2", "--workers", "0", "--train",
-         "text_encoder", "--steps", "1", "--sample-steps", "1", "--prompts", "a | cat --n dog"]  # fmt: skip
+         "text_encoder", "--steps", "1"]  # fmt: skip
+DRAWN = ["--sample-steps", "1", "--prompts", "a | cat --n dog"]
 TOKEN = "hf_secretsecret"
 
 
 class Hub(ThreadingHTTPServer):
-    """Keeps what is committed; answers 403 to everything where `is_closed`."""
+    """Keeps what is committed; answers 403 to everything where `is_closed`, and to commits in `refused`, by number."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Answer)
         self.is_closed = False
         self.created: list[dict[str, Any]] = []
         self.files: dict[str, bytes] = {}
+        self.commits: list[list[str]] = []
+        self.refused: set[int] = set()
         self.tokens: set[str | None] = set()
 
 
@@ -54,16 +57,25 @@ class Answer(BaseHTTPRequestHandler):
                      for file in json.loads(body)["files"]]  # fmt: skip
             return self.answer({"files": files})
         if "/commit/" in self.path:
-            for line in map(json.loads, body.splitlines()):
+            lines = [json.loads(line) for line in body.splitlines()]
+            self.server.commits.append([line["value"]["path"] for line in lines if line["key"] == "file"])
+            if len(self.server.commits) - 1 in self.server.refused:
+                return self.answer({"error": "not now"}, 403)
+            for line in lines:
+                if line["key"] == "deletedFile":
+                    del self.server.files[line["value"]["path"]]
                 if line["key"] == "file":
                     self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
             return self.answer({"commitUrl": f"{place}/commit/1", "commitOid": "1", "success": True})
         return self.answer({"errors": [], "warnings": []})
 
     def do_GET(self) -> None:
-        self.answer({"siblings": [], "sha": "0", "id": "me/dog"})
+        if "/tree/" in self.path:
+            files = [{"type": "file", "path": name, "oid": "0", "size": 1} for name in self.server.files]
+            return self.answer(files)
+        return self.answer({"siblings": [], "sha": "0", "id": "me/dog"})
 
-    def answer(self, values: dict[str, Any], status: int = 200) -> None:
+    def answer(self, values: Any, status: int = 200) -> None:
         content = json.dumps(values).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -105,7 +117,8 @@ def run(base: Path, folder: Path, *options: str) -> tuple[int, str]:
             Image.frombytes("RGB", (64, 64), pixels).save(folder / "pictures" / f"{number}.png")
     words = ["train", "--base", str(base), "--images", str(folder / "pictures"), "--caption", "sks thing"]
     with contextlib.redirect_stdout(printed := io.StringIO()):
-        code = main([*words, *WORDS, "--output", str(folder / "out"), *options])
+        drawn = [] if "--no-before-after" in options else DRAWN
+        code = main([*words, *WORDS, *drawn, "--output", str(folder / "out"), *options])
     return code, printed.getvalue()
 
 
@@ -144,6 +157,59 @@ def test_a_failed_upload_is_told_and_the_run_is_whole(
     assert "--upload me/dog failed: " in error and f"hf upload me/dog {tmp_path / 'out' / 'hub'} . --private" in error
 
 
+SAVES = ["--save-every-steps", "1", "--steps", "3", "--no-before-after"]
+LORAS = ["step-00000001.safetensors", "step-00000002.safetensors"]
+
+
+def test_each_save_is_uploaded_in_its_order_and_the_page_at_the_end(hub: Hub, base: Path, tmp_path: Path) -> None:
+    keep = ["--keep-last-steps", "1", "--upload-folder", "loras/dog"]
+    assert run(base, tmp_path, "--upload", "me/dog", "--upload-saves", *SAVES, *keep)[0] == 0
+    last = ["loras/dog/README.md", "loras/dog/last.safetensors"]
+    assert [sorted(commit) for commit in hub.commits] == [*([f"loras/dog/{name}"] for name in LORAS), last]
+    assert not (tmp_path / "out" / ".uploads").exists()
+    there = {name: hub.files[f"loras/dog/{name}"] for name in LORAS}
+    assert there[LORAS[1]] == (tmp_path / "out" / LORAS[1]).read_bytes() != there[LORAS[0]]
+
+
+def test_a_save_that_could_not_be_uploaded_is_tried_again_at_the_end(
+    hub: Hub, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.refused = {0}
+    assert run(base, tmp_path, "--upload", "me/dog", "--upload-saves", *SAVES)[0] == 0
+    assert [sorted(commit) for commit in hub.commits[:3]] == [[LORAS[0]], [LORAS[1]], [LORAS[0]]]
+    assert {*LORAS, "last.safetensors", "README.md"} == set(hub.files)
+    error = capsys.readouterr().err
+    assert f"{LORAS[0]}: --upload me/dog failed: " in error and "tried again when the run is over" in error
+    assert "not in me/dog" not in error
+
+
+def test_what_is_not_there_in_the_end_is_told(
+    hub: Hub, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.is_closed = True
+    assert run(base, tmp_path, "--upload", "me/dog", "--upload-saves", *SAVES)[0] == 0
+    assert f"not in me/dog: {', '.join(LORAS)}; upload them" in " ".join(capsys.readouterr().err.split())
+    assert (tmp_path / "out" / "last.safetensors").is_file() and not (tmp_path / "out" / ".uploads").exists()
+
+
+def test_a_run_goes_on_elsewhere_from_the_states_that_were_uploaded(
+    hub: Hub, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    upload = ["--upload", "me/dog", "--upload-states", "--state-every-steps", "1", "--no-before-after"]
+    assert run(base, tmp_path, *upload, "--steps", "3")[0] == 0
+    whole = (tmp_path / "out" / "last.safetensors").read_bytes()
+    states = {name.split("/")[1] for name in hub.files if name.startswith("states/")}
+    assert states == {"step-00000003"}, "older states were not removed from the repository"
+    hub.files.clear()
+    assert run(base, tmp_path, *upload, "--steps", "2", "--overwrite")[0] == 0
+    for name, content in hub.files.items():
+        (tmp_path / "elsewhere" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "elsewhere" / name).write_bytes(content)
+    assert main(["train", "--resume", str(tmp_path / "elsewhere"), "--steps", "3"]) == 0
+    assert (tmp_path / "elsewhere" / "last.safetensors").read_bytes() == whole
+
+
 def test_a_page_that_was_changed_by_hand_stays(base: Path, tmp_path: Path) -> None:
     assert run(base, tmp_path)[0] == 0
     page = tmp_path / "out" / "hub" / "README.md"
@@ -166,6 +232,8 @@ def test_a_new_repository_is_public_where_asked(hub: Hub, base: Path, tmp_path: 
         (["--upload", "me/dog"], "needs a token"),
         (["--upload", "dog"], "expected a repository such as your-name/my-lora"),
         (["--upload-public"], "upload_public is for upload"),
+        (["--upload-saves", "--upload-states"], "upload_saves and upload_states are for upload"),
+        (["--upload", "me/dog", "--upload-folder", "../dog"], "is no folder in a repository"),
     ],
 )
 def test_mistakes_are_told_before_training(

@@ -62,6 +62,7 @@ def _complete(given: Values) -> dict[str, Any]:
         **_schedule(given),
         **_data(given),
         **_samples(given),
+        **({"save.upload_saves": True} if given.get("huggingface_repo_id") else {}),
     }
 
 
@@ -426,11 +427,13 @@ _SAVE = (
 )
 
 _HUB = (
-    Flag("--huggingface_repo_id", "save.upload"),
+    Flag("--huggingface_repo_id", "save.upload", becomes="and `--upload-saves`"),
     Flag("--huggingface_repo_type", note="nothing needs doing: a LoRA goes into a repository of the type model"),
     Flag(
         "--huggingface_path_in_repo",
-        refusal="the LoRA, its page and its pictures go into the repository's root, where the hub looks for them.",
+        "save.upload_folder",
+        convert=lambda folder: folder.strip("/") or None,
+        needs=("huggingface_repo_id",),
     ),
     Flag(
         "--huggingface_token", refusal=_SECRET + "set HF_TOKEN in the environment, or log in once with `hf auth login`."
@@ -444,15 +447,16 @@ _HUB = (
     ),
     Flag(
         "--save_state_to_huggingface",
+        "save.upload_states",
         kind="switch",
-        refusal="a state is of use where the run is; leave it out, and copy --output_dir to go on elsewhere.",
+        needs=("huggingface_repo_id",),
     ),
     Flag(
         "--resume_from_huggingface",
         kind="switch",
-        refusal="states are not uploaded; copy --output_dir, and give it with --resume.",
+        refusal="fetch the states first, `hf download your-name/my-lora --local-dir run`, and give --resume run.",
     ),
-    Flag("--async_upload", kind="switch", note="nothing needs doing: the LoRA is uploaded when training is over"),
+    Flag("--async_upload", kind="switch", note="nothing needs doing: training never waits for an upload"),
 )
 
 _LOOK = (

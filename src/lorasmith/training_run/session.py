@@ -42,6 +42,7 @@ from lorasmith.training_run.preparation import Preparation, output_folder
 from lorasmith.training_run.rates import rate_curves
 from lorasmith.training_run.resuming import OF_ONE_START, with_whole_paths
 from lorasmith.training_run.sharing import model_card_of, run_id, shared_options
+from lorasmith.training_run.uploading import RunUploads, target_of
 from lorasmith.training_state import (
     NETWORK_FILE,
     StateFacts,
@@ -81,6 +82,7 @@ class Session:
         self.has_stalled = False  # whether the held-out pictures' loss went down too long ago
         self.samples: SamplesFolder | None = None
         self.trackers: Trackers | None = None
+        self.uploads: RunUploads | None = None
 
     def run(self, dataset: Dataset) -> int:
         """Train; return the exit code."""
@@ -222,9 +224,11 @@ class Session:
             paths.append(self.folder.step(done))
         is_state_due = bool(save.state_every_steps) and done % save.state_every_steps == 0
         if self.processes.is_main:
+            assert self.uploads is not None
             for path in paths:
                 self._save_lora(path)
                 say(f"saved {path}")
+                self.uploads.take_lora(path)
             self._remove_old_saves(epoch)
             if paths or is_state_due:
                 self._save_state()
@@ -259,6 +263,7 @@ class Session:
     def _leave(self, stop: StopRequest) -> int:
         """Save what was reached after a request to stop, and say how to go on."""
         if self.processes.is_main:
+            assert self.uploads is not None
             path = self.folder.step(self.done)
             self._save_lora(path)
             self._save_state()
@@ -267,6 +272,8 @@ class Session:
                 f"to go on: lorasmith train --resume {quoted(self.folder.path)}",
                 flush=True,
             )
+            self.uploads.take_lora(path)
+            self.uploads.finish()
         return stop.exit_code
 
     def _finish(self) -> None:
@@ -291,6 +298,7 @@ class Session:
     def _publish(self, path: Path) -> None:
         """Write what can be published, and upload it where asked; a failure is told and does no harm."""
         assert self.samples is not None
+        assert self.uploads is not None
         save = self.cfg.save
         samples = list(zip(self.ready.prompts, self.samples.pictures(self.done), strict=False))
         card = model_card_of(self.cfg, self.ready, self.done, samples, shared_options(self.cfg))
@@ -298,8 +306,11 @@ class Session:
             print(f"{self.folder.hub / 'README.md'} was changed by hand, so it is kept as it is")
         if save.upload is None:
             return
+        for best in self.folder.saved_best().values():  # others were the best for a while, and are gone
+            self.uploads.take_lora(best)
+        self.uploads.finish()
         try:
-            print(f"uploaded to {upload(self.folder.hub, save.upload, is_public=save.upload_public)}", flush=True)
+            print(f"uploaded to {upload(self.folder.hub, target_of(save))}", flush=True)
         except UserError as error:
             print(f"lorasmith: {error}", file=sys.stderr, flush=True)
 
@@ -328,6 +339,8 @@ class Session:
         self.samples = SamplesFolder(
             self.folder.samples, [asdict(drawing) for drawing in self.ready.drawings], done=self.done
         )
+        self.uploads = RunUploads(self.cfg.save, self.folder)
+        stack.callback(self.uploads.close)
         log = self.cfg.log
         self.trackers = Trackers(
             log.trackers,
@@ -370,7 +383,7 @@ class Session:
         facts = StateFacts(
             self.done, ready.fingerprint, self.started_at, ready.plan.unit_sizes, ready.rates.optimizer.name
         )
-        save_state(
+        state = save_state(
             self.folder.states,
             facts,
             self.network.state_dict(),
@@ -379,6 +392,8 @@ class Session:
             None if self.average is None else self.average.state_dict(),
             keep=self.cfg.save.keep_states,
         )
+        assert self.uploads is not None
+        self.uploads.take_states(state)
 
     def _draw(self) -> None:
         """Draw the prompts as the model is now, and the sheet of all moments so far."""
