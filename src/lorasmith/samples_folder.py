@@ -53,6 +53,10 @@ class SamplesFolder:
             return []
         return [Image.open(path).convert("RGB") for path in sorted(moment.glob("*.png"))]
 
+    def has(self, step: int) -> bool:
+        """Return whether the pictures of a moment are there, whatever they were drawn from."""
+        return (self._path / f"step-{step:08d}" / _DRAWN_FROM).exists()
+
     def _moments(self) -> dict[int, Path]:
         found = {int(match[1]): path for path in self._path.glob("step-*") if (match := _NAME.fullmatch(path.name))}
         return dict(sorted(found.items()))

@@ -97,6 +97,9 @@ class Session:
                     self._draw()
             if self.done == 0 or self._is_validation_due():  # maybe stopped before it could be measured
                 self._validate(dataset)
+            with together():
+                if self.state is not None:
+                    self._catch_up()
             stop = stack.enter_context(StopRequest(_STOPPING if is_main else ""))
             try:
                 is_stopped = self._loop(dataset, stop)
@@ -212,16 +215,9 @@ class Session:
 
     def _save_and_draw_when_due(self, say: Callable[[str], None]) -> None:
         save, done = self.cfg.save, self.done
-        steps_per_epoch = self.ready.plan.steps_per_epoch
-        epoch = done // steps_per_epoch if done % steps_per_epoch == 0 else 0
         if done == self.ready.total_steps or self.has_stalled:
             return
-        paths = []
-        every_epochs = self._epochs_between_saves()
-        if epoch and every_epochs and epoch % every_epochs == 0:
-            paths.append(self.folder.epoch(epoch))
-        if save.save_every_steps and done % save.save_every_steps == 0:
-            paths.append(self.folder.step(done))
+        paths = self._due_saves()
         is_state_due = bool(save.state_every_steps) and done % save.state_every_steps == 0
         if self.processes.is_main:
             assert self.uploads is not None
@@ -229,11 +225,32 @@ class Session:
                 self._save_lora(path)
                 say(f"saved {path}")
                 self.uploads.take_lora(path)
-            self._remove_old_saves(epoch)
+            self._remove_old_saves()
             if paths or is_state_due:
                 self._save_state()
         if self._are_samples_due():
             self._draw()
+
+    def _catch_up(self) -> None:
+        """Save and draw what was due after the step that a run goes on from, and was not done before it stopped."""
+        if not self.processes.is_main:
+            return
+        assert self.samples is not None
+        assert self.uploads is not None
+        for path in self._due_saves():
+            if not path.exists():
+                self._save_lora(path)
+                self.uploads.take_lora(path)
+        if self._are_samples_due() and not self.samples.has(self.done):
+            self._draw()
+
+    def _due_saves(self) -> list[Path]:
+        """Return the LoRAs to save after this step."""
+        save, (epoch, steps) = self.cfg.save, divmod(self.done, self.ready.plan.steps_per_epoch)
+        every_epochs = self._epochs_between_saves()
+        is_epoch_due = every_epochs and steps == 0 and epoch % every_epochs == 0
+        is_step_due = save.save_every_steps and self.done % save.save_every_steps == 0
+        return [self.folder.epoch(epoch)] * bool(is_epoch_due) + [self.folder.step(self.done)] * bool(is_step_due)
 
     def _are_samples_due(self) -> bool:
         samples, (epoch, steps) = self.cfg.samples, divmod(self.done, self.ready.plan.steps_per_epoch)
@@ -247,11 +264,11 @@ class Session:
             return save.save_every_epochs
         return max(1, self.ready.total_steps // self.ready.plan.steps_per_epoch // save.saves)
 
-    def _remove_old_saves(self, epoch: int) -> None:
+    def _remove_old_saves(self) -> None:
         """Remove the run's LoRAs that --keep-last-epochs and --keep-last-steps do not keep; others are the user's."""
-        save = self.cfg.save
+        save, (epoch, steps) = self.cfg.save, divmod(self.done, self.ready.plan.steps_per_epoch)
         old: list[Path] = []
-        if save.keep_last_epochs is not None and epoch:
+        if save.keep_last_epochs is not None and steps == 0:
             saved = self.folder.saved_epochs()
             old += [saved[number] for number in sorted(n for n in saved if n <= epoch)[: -save.keep_last_epochs]]
         if save.keep_last_steps is not None:
