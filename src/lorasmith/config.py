@@ -1550,7 +1550,13 @@ class GenerateConfig(DrawConfig):
         "(docs/generate.md says all that may stand in one).",
         json_schema_extra={"positional": "PROMPT"},
     )
-    prompts: Place | None = Field(default=None, description="A .txt, .toml or .json file of prompts.")
+    prompts: Place | None = Field(
+        default=None, description="A .txt, .toml or .json file of prompts; - for lines that are piped in."
+    )
+    interactive: bool = Field(
+        default=False,
+        description="Ask for prompts, one after the other, and draw each at once; the model stays loaded.",
+    )
     lora: list[Place] = Field(
         default=[], description="LoRA files of any program, put on in this order; `<lora:name:0.8>` in a prompt too."
     )
@@ -1602,6 +1608,8 @@ class GenerateConfig(DrawConfig):
     def _check_together(self) -> "GenerateConfig":
         if self.prompt and self.prompts is not None:
             raise ValueError("prompt and prompts both say what to draw; leave one of them out")
+        if self.interactive and (self.prompt or self.prompts is not None):
+            raise ValueError("interactive asks for prompts, but some are given; leave out one or the other")
         for name in ("denoise", "mask"):
             if self.init is None and _is_changed(self, name):
                 raise ValueError(f"{name} is for drawing on from a picture; give it with --init, or leave {name} out")

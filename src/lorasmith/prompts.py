@@ -188,10 +188,21 @@ def read_file(path: Path) -> list[Prompt]:
     except UserError as error:
         raise UserError(f"--prompts {error}") from error
     if path.suffix.lower() == ".txt":
-        lines = [line.strip() for line in text.splitlines()]
-        prompts = [_named(path, parse, line) for line in lines if line and not line.startswith("#")]
-    else:
-        prompts = [_named(path, _entry, one) for one in _entries(path, text, table)]
+        return read_lines(path, text)
+    return _some(path, [_named(path, _entry, one) for one in _entries(path, text, table)])
+
+
+def read_lines(path: Path, text: str) -> list[Prompt]:
+    """Return the prompts in a text, one a line, which is said to be a file's.
+
+    Raises:
+        UserError: it holds no prompt, or one with a wrong option.
+    """
+    lines = [line.strip() for line in text.splitlines()]
+    return _some(path, [_named(path, parse, line) for line in lines if line and not line.startswith("#")])
+
+
+def _some(path: Path, prompts: list[Prompt]) -> list[Prompt]:
     if not prompts:
         raise UserError(f"--prompts {path}: no prompt in it; write one a line (.txt), or as docs/training-log.md says.")
     return prompts

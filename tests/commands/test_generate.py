@@ -1,6 +1,7 @@
 """`lorasmith generate`: diffusers' own pictures, whatever is drawn beside them, and LoRAs as their definition says."""
 
 import copy
+import io
 import json
 import re
 from collections.abc import Callable
@@ -274,6 +275,30 @@ def test_options_of_a_prompt_and_a_file_of_prompts(draw: Callable[..., list[Path
                                size="72,56", steps=2)[0])  # fmt: skip
 
 
+def test_prompts_that_are_typed_one_after_the_other(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model is loaded once; a mistake is told, and the next line asked for; an empty line ends it."""
+    loads, load = [], generate.load
+    monkeypatch.setattr(generate, "load", lambda *rest: loads.append(1) or load(*rest))
+    monkeypatch.setattr(
+        "sys.stdin", io.StringIO("a cat --d 5\na cat --q 1\na dog --w 60\na dog --s 1 --d 5,6\n\na cow\n")
+    )
+    options = ["--size", "64", "--steps", "2", "--seed", "1", "--output", str(tmp_path / "out")]
+    assert main(["generate", "--interactive", "--base", str(base), *options]) == 0
+    told = capsys.readouterr()
+    names = ["00001-5.png", "00002-5.png", "00003-6.png"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names and loads == [1]
+    assert all(name in told.out for name in names) and "out: 3 pictures" in told.out
+    assert "there is no option --q" in told.err and "--w 60: expected a multiple of 8" in told.err
+    assert parsed(text_of(tmp_path / "out" / names[2]))["Steps"] == "1"
+
+
+def test_prompts_that_are_piped_in(draw: Callable[..., list[Path]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("# two\na cat\na dog --d 9\n"))
+    assert [path.name for path in draw(prompts=Path("-"), steps=1)] == ["00001-7.png", "00002-9.png"]
+
+
 def test_variants_of_a_prompt(draw: Callable[..., list[Path]]) -> None:
     def shown(found: list[Path]) -> list[str]:
         return [parsed(text_of(path))["Prompt"] for path in found]
@@ -485,6 +510,8 @@ def test_what_was_drawn_before_the_end_is_there_and_whole(
         (["--base", "BASE"], "missing: what to draw"),
         (["a cat", "--base", "BASE", "--prompts", "x.txt"], "prompt and prompts both say what to draw"),
         (["--base", "BASE", "--prompts", "x.md"], r"expected a file that ends in .txt, .toml or .json"),
+        (["a cat", "--base", "BASE", "--interactive"], "interactive asks for prompts, but some are given"),
+        (["--base", "BASE", "--interactive", "--sampler", "eular"], "did you mean euler"),
         (["a cat", "--base", "BASE", "--sampler", "eular"], "no sampler named 'eular'; did you mean euler"),
         (["a cat --ss eular", "--base", "BASE"], "no sampler named 'eular'; did you mean euler"),
         (["a cat", "--base", "BASE", "--sampler", "ddim", "--sigmas", "karras"], "ddim has no karras sigmas; .*dpm"),

@@ -90,6 +90,12 @@ def test_prompts_of_a_file() -> None:
     assert translate("--from_file=p.txt") == {"prompts": "p.txt", **{k: v for k, v in ALWAYS.items() if k != "prompt"}}
 
 
+def test_prompts_that_are_typed() -> None:
+    assert translate("--interactive") == {
+        "interactive": True, **{k: v for k, v in ALWAYS.items() if k != "prompt"}
+    }  # fmt: skip
+
+
 def test_fp16_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for device, precision, is_told in (("cpu", "fp32", True), ("cuda", "fp16", False)):
         monkeypatch.setattr("lorasmith.devices.choose_device", lambda asked, device=device: device)
@@ -123,7 +129,7 @@ def test_fp16_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         ([*PROMPT, "--n_iter=0"], "--n_iter 0: expected a whole number above 0"),
         ([*PROMPT, *LORAS, "--network_mul", "nan"], "--network_mul nan: expected a number"),
         ([*PROMPT, "--image_path=i.png", "--strength=2"], "--strength 2.0: expected"),
-        ([*PROMPT, "--interactive"], "--interactive is refused"),
+        ([*PROMPT, "--interactive"], "--prompt and --interactive both say what to draw"),
         ([*PROMPT, "--control_net_models", "a", "b"], "--control_net_models is refused: ControlNet"),
         ([*PROMPT, "--highres_fix_scale=0.5"], "--highres_fix_scale is refused: pictures are drawn in one pass"),
         ([*PROMPT, "--clip_guidance_scale=100"], "--clip_guidance_scale is refused"),

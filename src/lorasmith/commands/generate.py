@@ -6,6 +6,7 @@ All is checked before the model is loaded, and each picture is written as soon a
 """
 
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from lorasmith.errors import UserError
 from lorasmith.merging import Strength
 from lorasmith.models.base import ModelFacts
 from lorasmith.picture_files import PictureFolder, check_pattern, parameters
+from lorasmith.picture_run.asking import asked_prompts, telling_of_mistakes
 from lorasmith.picture_run.drawing import Source, drawn, load, open_base, telling_of_memory
 from lorasmith.picture_run.facts import facts_of, facts_of_all, fields_of, shown_prompt
 from lorasmith.picture_run.loras import Loras
@@ -34,22 +36,36 @@ def run(cfg: GenerateConfig) -> int:
     """Draw all pictures and return the exit code, 0."""
     with open_base(cfg) as base:
         loras = Loras(base.checkpoint, _given(cfg), cfg.lora_folder)
-        first_seed = random.SystemRandom().randrange(2**32) if cfg.seed is None else cfg.seed
         source = _source(cfg)
-        pictures = _pictures(cfg, base.facts, first_seed, source, loras)
+        usual = _usual(cfg, base.facts, source)
+        pictures = [] if cfg.interactive else _pictures(cfg, base.facts, usual, _prompts(cfg), loras)
         folder = PictureFolder(cfg.output, cfg.name, cfg.form)
         for line in [*base.told(cfg.base), *loras.told()]:
             print(harmless(line))
-        if cfg.seed is None and any(one.seed == first_seed for one in pictures):
-            print(f"seed {first_seed}, a random one; give it with --seed to draw the same again")
-        common = facts_of_all(cfg, base.checkpoint, loras)
-        with telling_of_memory(cfg, base, pictures, f"The pictures that were drawn are in {cfg.output}."):
+        if cfg.seed is None and any(one.seed == usual.seed for one in pictures):
+            print(f"seed {usual.seed}, a random one; give it with --seed to draw the same again")
+        written = f"The pictures that were drawn are in {cfg.output}."
+        with telling_of_memory(cfg, base, pictures or [usual], written):
             model = load(cfg, base)
-            found = drawn(cfg, model, pictures, loras, is_folded=cfg.fold, source=source)
-            for one, picture in counted(found, len(pictures), "drawing", is_shown=cfg.progress):
-                text = parameters(shown_prompt(one), one.negative, {**facts_of(cfg, one), **common})
-                folder.add(picture, text, fields_of(cfg, one), one.file)
-    print(f"{cfg.output}: {len(pictures)} {'picture' if len(pictures) == 1 else 'pictures'}")
+
+        def draw_all(pictures: Sequence[Picture]) -> list[Path]:
+            """Draw pictures and return the files that they are written to."""
+            common, files = facts_of_all(cfg, base.checkpoint, loras), []
+            with telling_of_memory(cfg, base, pictures, written):
+                found = drawn(cfg, model, pictures, loras, is_folded=cfg.fold, source=source)
+                for one, picture in counted(found, len(pictures), "drawing", is_shown=cfg.progress):
+                    text = parameters(shown_prompt(one), one.negative, {**facts_of(cfg, one), **common})
+                    files.append(folder.add(picture, text, fields_of(cfg, one), one.file))
+            return files
+
+        count = 0 if cfg.interactive else len(draw_all(pictures))
+        for prompt in asked_prompts() if cfg.interactive else ():
+            with telling_of_mistakes():
+                asked = _pictures(cfg, base.facts, _usual(cfg, base.facts, source), [prompts.parse(prompt)], loras)
+                for file in draw_all(asked):
+                    print(harmless(str(file)))
+                    count += 1
+    print(f"{cfg.output}: {count} {'picture' if count == 1 else 'pictures'}")
     return 0
 
 
@@ -77,16 +93,25 @@ def _source(cfg: GenerateConfig) -> Source | None:
     return Source(init, mask)
 
 
-def _pictures(
-    cfg: GenerateConfig, facts: ModelFacts, first_seed: int, source: Source | None, loras: Loras
-) -> list[Picture]:
-    """Return all pictures, checked; of the size of the one that is drawn on from, where none is said."""
+def _usual(cfg: GenerateConfig, facts: ModelFacts, source: Source | None) -> Drawing:
+    """Return what is drawn where a prompt does not say otherwise, checked; without a seed, with a random one.
+
+    It is of the size of the picture that is drawn on from, where none is said.
+    """
     size = cfg.size or facts.resolution
     if source is not None and cfg.size is None:
         width, height = (max(side // facts.latent_factor, 1) * facts.latent_factor for side in source.picture.size)
         size = width, height
-    usual = Drawing("", cfg.negative, size, first_seed, cfg.steps, cfg.guidance, cfg.sampler)
-    found = [picture for prompt in _prompts(cfg) for picture in _of_prompt(cfg, usual, prompt, loras)]
+    check_settings(facts, size, cfg.steps, cfg.sampler, cfg.sigmas)
+    seed = random.SystemRandom().randrange(2**32) if cfg.seed is None else cfg.seed
+    return Drawing("", cfg.negative, size, seed, cfg.steps, cfg.guidance, cfg.sampler)
+
+
+def _pictures(
+    cfg: GenerateConfig, facts: ModelFacts, usual: Drawing, asked: Sequence[Prompt], loras: Loras
+) -> list[Picture]:
+    """Return all pictures that prompts ask for, checked."""
+    found = [picture for prompt in asked for picture in _of_prompt(cfg, usual, prompt, loras)]
     for one in found:
         if one.denoise is not None and not drawn_steps(one.steps, one.denoise):
             raise UserError(f"--denoise {one.denoise:g} of {one.steps} steps is less than one; give more of either.")
@@ -108,8 +133,10 @@ def _prompts(cfg: GenerateConfig) -> list[Prompt]:
         if not cfg.prompt:
             raise UserError('missing: what to draw. For example: lorasmith generate "a photo of a cat" --base ...')
         return [prompts.parse(line) for line in cfg.prompt]
+    if cfg.prompts == Path("-"):
+        return prompts.read_lines(cfg.prompts, sys.stdin.read())
     if not prompts.is_file([str(cfg.prompts)]):
-        raise UserError(f"--prompts {cfg.prompts}: expected a file that ends in .txt, .toml or .json.")
+        raise UserError(f"--prompts {cfg.prompts}: expected a file that ends in .txt, .toml or .json, or - .")
     return prompts.read_file(cfg.prompts)
 
 

@@ -42,10 +42,11 @@ _LINE_OPTION = re.compile(r"(?:^|\s)--(\w+)")
 
 
 def _complete(given: Values) -> dict[str, Any]:
-    if ("prompt" in given) == ("from_file" in given):
+    ways = [f"--{name}" for name in ("prompt", "from_file", "interactive") if name in given]
+    if len(ways) != 1:
         raise UserError(
-            "--prompt and --from_file both say what to draw; leave out one of them."
-            if "prompt" in given
+            f"{' and '.join(ways)} both say what to draw; leave out one of them."
+            if ways
             else 'missing: what to draw, --prompt "a photo of a cat" or --from_file prompts.txt'
         )
     _check_numbers(given)
@@ -128,8 +129,8 @@ def _check(given: Values) -> None:
 
 
 def _lines(given: Values) -> list[str]:
-    if "prompt" in given:
-        return [given["prompt"]]
+    if "from_file" not in given:
+        return [given["prompt"]] if "prompt" in given else []
     path = Path(given["from_file"]).expanduser()
     if path.suffix.lower() != ".txt":
         return []  # another form, with options by name; or refused
@@ -168,11 +169,7 @@ _MODEL = (
 _PROMPTS = (
     Flag("--prompt", "prompt", convert=_one),
     Flag("--from_file", "prompts", kind="path"),
-    Flag(
-        "--interactive",
-        kind="switch",
-        refusal="prompts are not asked for while it runs; give --prompt, or several in a file with --from_file.",
-    ),
+    Flag("--interactive", "interactive", kind="switch"),
     Flag("--no_preview", kind="switch", note="nothing needs doing: no window shows the pictures"),
     *_refused("--from_module --prompter_module_args", "prompts come from --prompt or --from_file; write such a file."),
     Flag("--shuffle_prompts", kind="switch", note="nothing needs doing: their order changes no picture"),

@@ -24,7 +24,7 @@ from lorasmith.models.embeddings import Embeddings
 from lorasmith.picture_run.loras import Loras
 from lorasmith.picture_run.pictures import Picture
 from lorasmith.picture_run.thrift import Thrift
-from lorasmith.sampling import Beginning, Wish, draw
+from lorasmith.sampling import Beginning, Drawing, Wish, draw
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def _texts(one: Picture) -> tuple[list[tuple[str, float]], str | None]:
 
 
 @contextmanager
-def telling_of_memory(cfg: DrawConfig, base: Base, pictures: Sequence[Picture], written: str) -> Iterator[None]:
+def telling_of_memory(cfg: DrawConfig, base: Base, pictures: Sequence[Drawing], written: str) -> Iterator[None]:
     """Make an error of too little memory one that says what to try; `written` says where the pictures drawn so far are.
 
     Raises:
@@ -188,7 +188,7 @@ def telling_of_memory(cfg: DrawConfig, base: Base, pictures: Sequence[Picture], 
         raise UserError(_out_of_memory(cfg, base, pictures, written, error)) from error
 
 
-def _out_of_memory(cfg: DrawConfig, base: Base, pictures: Sequence[Picture], written: str, error: BaseException) -> str:
+def _out_of_memory(cfg: DrawConfig, base: Base, pictures: Sequence[Drawing], written: str, error: BaseException) -> str:
     width, height = max((one.size for one in pictures), key=lambda size: size[0] * size[1])
     is_stopped = cfg.on_out_of_memory == "stop"  # otherwise all that changes no picture was tried
     ways = [
