@@ -78,7 +78,7 @@ class Miniature(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         return self.vae.decode(latents / self.vae.config["scaling_factor"]).sample
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, cond: dict[str, Tensor], added: None = None) -> Tensor:
         assert x_t.shape[0] == t.shape[0] == cond["text"].shape[0]
         return self.denoiser(x_t, t, cond["text"]).sample
 

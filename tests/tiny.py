@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.controlnets.controlnet import ControlNetModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -66,6 +67,14 @@ def build_tiny(
         _fill(part, generator)
     text.embeddings.register_buffer("position_ids", torch.arange(77)[None], persistent=False)
     return unet, vae, text
+
+
+def build_tiny_control(family: str = "sd1", *, seed: int = 1, width: int = 32) -> ControlNetModel:
+    """Return a random ControlNet for the random model of this family and width."""
+    make: Any = ControlNetModel.from_unet
+    control = make(build_tiny(family, width=width)[0]).requires_grad_(False).eval()
+    _fill(control, torch.Generator().manual_seed(seed))
+    return control
 
 
 def make_empty(

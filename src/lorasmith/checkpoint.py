@@ -457,8 +457,9 @@ def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download  # only this way of naming a model needs it
 
     patterns = [f"{part}/*.{ending}" for part in _PARTS for ending in ("safetensors", "json")]
+    alone = ["config.json", "diffusion_pytorch_model.safetensors"]  # a VAE's or a ControlNet's own folder
     try:
-        return Path(snapshot_download(name, allow_patterns=[*patterns, "scheduler/*.json", "model_index.json"]))
+        return Path(snapshot_download(name, allow_patterns=[*patterns, *alone, "scheduler/*.json", "model_index.json"]))
     except Exception as error:  # the hub client raises many kinds: offline, not found, gated
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(

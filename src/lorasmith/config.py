@@ -6,6 +6,7 @@ unique over the sections of a command, so `--network.rank 8` and `--rank 8` mean
 """
 
 import difflib
+import math
 import os.path
 import re
 import sys
@@ -92,6 +93,49 @@ Range = Annotated[
 ]
 
 
+def share_of_steps(text: str) -> tuple[float, float]:
+    """Return from where to where a share of the steps goes, such as 0,0.6.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        start, end = (float(part) for part in text.split(","))
+    except ValueError:
+        start, end = 0.0, 0.0
+    if not 0 <= start < end <= 1:
+        raise ValueError(f"{text!r}: expected two numbers of 0 to 1, the smaller first, such as 0,0.6")
+    return start, end
+
+
+def canny_thresholds(text: str) -> tuple[float, float] | None:
+    """Return the thresholds of the edges that a preprocessor finds, such as canny:50,150; None: it finds none.
+
+    Raises:
+        ValueError: there is no such preprocessor.
+    """
+    if text in ("none", "canny"):
+        return None if text == "none" else (100.0, 200.0)  # as the ControlNets for edges were trained
+    name, _, numbers = text.partition(":")
+    try:
+        low, high = (float(part) for part in numbers.split(","))
+    except ValueError:
+        low, high = 0.0, 0.0
+    if name != "canny" or not 0 < low <= high < math.inf:
+        raise ValueError(f"{text!r}: expected none, canny, or canny with thresholds, the lower first: canny:100,200")
+    return low, high
+
+
+def _check_share(text: str) -> str:
+    share_of_steps(text)
+    return text
+
+
+def _check_preprocessor(text: str) -> str:
+    canny_thresholds(text)
+    return text
+
+
 def _check_color(color: str) -> str:
     if color.lower() not in _COLORS and not re.fullmatch(r"#[0-9a-fA-F]{6}", color):
         raise ValueError(f"{color!r} is no colour that is known; give one like #ff8000, or one of {', '.join(_COLORS)}")
@@ -153,6 +197,8 @@ TokenLength = Annotated[int, AfterValidator(_check_token_length)]
 Trackers = Annotated[list[str], AfterValidator(_check_trackers)]
 Separator = Annotated[str, AfterValidator(_check_separator)]
 Numbers = Annotated[list[float], Field(json_schema_extra={"format": "numbers"})]
+ShareOfSteps = Annotated[str, AfterValidator(_check_share)]
+Preprocessor = Annotated[str, AfterValidator(_check_preprocessor)]
 Rate = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -1587,6 +1633,23 @@ class GenerateConfig(DrawConfig):
     denoise: Annotated[float, Field(gt=0, le=1)] = Field(
         default=0.6, description="Share of the steps that are drawn then: the more, the less is left of the picture."
     )
+    control: list[PlaceOrHubId] = Field(
+        default=[],
+        description="ControlNets, which hold pictures to the shapes in another one: files, diffusers folders or hub "
+        "ids; what several do is summed.",
+    )
+    control_picture: list[Place] = Field(
+        default=[], description="Picture that each ControlNet is shown, or one for all; cut to the size of the pictures."
+    )
+    control_preprocessor: list[Preprocessor] = Field(
+        default=[],
+        description="What is shown of each picture: none (all of it), or canny (its edges), with other thresholds "
+        "canny:50,150; left out, none.",
+    )
+    control_weight: Numbers = Field(default=[], description="How strongly each ControlNet acts; left out: 1.")
+    control_range: list[ShareOfSteps] = Field(
+        default=[], description="Share of the steps in which each ControlNet acts, such as 0,0.6; left out: all."
+    )
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = Field(
         default=None, description="Seed of each prompt's first picture, the others count up; left out, a random one."
     )
@@ -1619,6 +1682,14 @@ class GenerateConfig(DrawConfig):
                 raise ValueError(
                     f"{name} is given {_counted(count, 'time')} for {_counted(len(self.lora), 'LoRA')}; "
                     "give one for each, in the same order"
+                )
+        for name in ("control_picture", "control_preprocessor", "control_weight", "control_range"):
+            count, nets = len(getattr(self, name)), len(self.control)
+            is_needed = name == "control_picture" and nets > 0
+            if count != nets and (count or is_needed) and not (is_needed and count == 1):
+                raise ValueError(
+                    f"{name} is given {_counted(count, 'time')} for {_counted(nets, 'ControlNet')} (control); give "
+                    f"{'one picture for all, or ' if is_needed else ''}one for each, in the same order"
                 )
         if self.strength and self.unet_strength and self.text_encoder_strength:
             raise ValueError(

@@ -1,7 +1,8 @@
 """Which model family a checkpoint is of, told by the names and shapes in its header, and what goes on from there.
 
 A family is a file in `lorasmith/models` with the functions `matches`, `describe`, `target_shapes`, `adapter_places`,
-`block_weights`, `cut_captions` and `load`, as `models/sd.py` has them.
+`block_weights`, `cut_captions` and `load`, as `models/sd.py` has them. Its ControlNets are in a file beside it, whose
+name ends in `_control`, with `check` and `load`.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -12,7 +13,7 @@ import torch
 from lorasmith import plugins
 from lorasmith.checkpoint import Checkpoint
 from lorasmith.errors import UserError
-from lorasmith.models.base import AdapterPlace, LatentDiffusion, ModelFacts
+from lorasmith.models.base import AdapterPlace, ControlNet, LatentDiffusion, ModelFacts
 from lorasmith.models.embeddings import NO_EMBEDDINGS, Embeddings
 
 __all__ = [
@@ -135,6 +136,29 @@ def load(
         checkpoint, dtype=dtype, device=device, vae=vae, prediction=prediction, clip_skip=clip_skip, ema=ema,
         max_token_length=max_token_length, weighted_captions=weighted_captions, embeddings=embeddings,
     )  # fmt: skip
+
+
+def check_control(control: Checkpoint, base: Checkpoint, facts: ModelFacts) -> None:
+    """Check from the header that this is a ControlNet for the base model.
+
+    Raises:
+        UserError: it is none, or for another model.
+    """
+    _controls_of(base).check(control, base.path, facts)
+
+
+def load_control(control: Checkpoint, base: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> ControlNet:
+    """Load a ControlNet that `check_control` let pass, frozen.
+
+    Raises:
+        UserError: a damaged one.
+    """
+    return _controls_of(base).load(control, base, dtype=dtype, device=device)
+
+
+def _controls_of(base: Checkpoint) -> Any:
+    """Return the module of the family's ControlNets."""
+    return plugins.find("models", f"{_find(base).__name__.rpartition('.')[2]}_control")
 
 
 def _find(checkpoint: Checkpoint) -> Any:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from lorasmith.errors import UserError
-from lorasmith.models.base import Conditioning, LatentDiffusion, ModelFacts
+from lorasmith.models.base import Conditioning, ControlNet, LatentDiffusion, ModelFacts, Residuals
 from lorasmith.prompts import Prompt, check_plain
 
 Value = TypeVar("Value")
@@ -134,6 +134,27 @@ class Beginning:
     mask: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Control:
+    """A ControlNet that takes part in drawing; what several add is summed.
+
+    Args:
+        picture: what it is shown, (1, 3, H, W) in [0, 1], of the size of the pictures.
+        weight: what all that it adds is multiplied by.
+        share: of the steps, from where to where it takes part.
+    """
+
+    net: ControlNet
+    picture: Tensor
+    weight: float
+    share: tuple[float, float]
+
+
+def is_in_share(share: tuple[float, float], done: int, steps: int) -> bool:
+    """Return whether the step after those done lies in a share of all steps, from where to where."""
+    return share[0] <= done / steps and (done + 1) / steps <= share[1]
+
+
 @torch.no_grad()
 def generate(
     model: LatentDiffusion,
@@ -192,6 +213,7 @@ def draw(
     sigmas: str = "normal",
     rescale: float = 0.0,
     beginning: Beginning | None = None,
+    controls: Sequence[Control] = (),
     tick: Callable[[float], None] | None = None,
 ) -> list[Image.Image]:
     """Draw pictures at once, one for each wish; settings as for `generate`, and as `check_settings` has checked.
@@ -201,6 +223,7 @@ def draw(
         sigmas: one of `SIGMAS`.
         rescale: share of the guided prediction that gets the conditional one's deviation back (arXiv:2305.08891).
         beginning: None: noise alone.
+        controls: ControlNets; their shares are of the steps that are drawn.
         tick: called with the share of the steps that are done.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -211,7 +234,8 @@ def draw(
     rows = _rows(wishes)
     for done, t in enumerate(timesteps, start=1):
         x_t = scheduler.scale_model_input(latents, t)
-        prediction = _predict(model, x_t, t, wishes, rows, guidance, rescale)
+        acting = [control for control in controls if is_in_share(control.share, done - 1, len(timesteps))]
+        prediction = _predict(model, x_t, t, wishes, rows, guidance, rescale, acting)
         latents = blend(scheduler.step(prediction, t, latents, **draws).prev_sample, done)
         if tick:
             tick(done / len(timesteps))
@@ -368,13 +392,29 @@ def _predict(
     rows: Sequence[tuple[list[_Row], Conditioning]],
     guidance: float,
     rescale: float,
+    controls: Sequence[Control],
 ) -> Tensor:
     """Return the guided prediction, (B, C, h, w), fp32."""
     found: dict[_Row, Tensor] = {}
     for own, cond in rows:
-        prediction = model(x_t[[picture for picture, _ in own]], t.expand(len(own)), cond).float()
+        x_own, t_own = x_t[[picture for picture, _ in own]], t.expand(len(own))
+        added = _added(controls, x_own, t_own, cond, [part == _NEGATIVE for _, part in own])
+        prediction = model(x_own, t_own, cond, added).float()
         found.update(zip(own, prediction, strict=True))
     return torch.stack([_guided(number, wish, found, guidance, rescale) for number, wish in enumerate(wishes)])
+
+
+def _added(
+    controls: Sequence[Control], x_t: Tensor, t: Tensor, cond: Conditioning, is_negative: Sequence[bool]
+) -> Residuals | None:
+    """Return what the ControlNets add for each row, with their weights and summed; None: there are none."""
+    total: Residuals | None = None
+    for control in controls:
+        weights = [0.0 if negative and control.net.is_conditional_only else control.weight for negative in is_negative]
+        factors = torch.tensor(weights, device=x_t.device)[:, None, None, None]
+        own = [part * factors.to(part.dtype) for part in control.net(x_t, t, cond, control.picture)]
+        total = own if total is None else [one + other for one, other in zip(total, own, strict=True)]
+    return total
 
 
 def _guided(number: int, wish: Wish, found: dict[_Row, Tensor], guidance: float, rescale: float) -> Tensor:

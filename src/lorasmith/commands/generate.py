@@ -15,11 +15,13 @@ from lorasmith import prompt_syntax, prompts
 from lorasmith.command_line import harmless
 from lorasmith.config import GenerateConfig
 from lorasmith.data.images import open_image
+from lorasmith.devices import DTYPES
 from lorasmith.errors import UserError
 from lorasmith.merging import Strength
 from lorasmith.models.base import ModelFacts
 from lorasmith.picture_files import PictureFolder, check_pattern, parameters
 from lorasmith.picture_run.asking import asked_prompts, telling_of_mistakes
+from lorasmith.picture_run.controls import Controls
 from lorasmith.picture_run.drawing import Source, drawn, load, open_base, telling_of_memory
 from lorasmith.picture_run.facts import facts_of, facts_of_all, fields_of, shown_prompt
 from lorasmith.picture_run.loras import Loras
@@ -38,7 +40,8 @@ def run(cfg: GenerateConfig) -> int:
         loras = Loras(base.checkpoint, _given(cfg), cfg.lora_folder)
         source = _source(cfg)
         usual = _usual(cfg, base.facts, source)
-        pictures = [] if cfg.interactive else _pictures(cfg, base.facts, usual, _prompts(cfg), loras)
+        controls = Controls(cfg, base.checkpoint, base.facts)
+        pictures = [] if cfg.interactive else _pictures(cfg, base.facts, usual, _prompts(cfg), loras, controls)
         folder = PictureFolder(cfg.output, cfg.name, cfg.form)
         for line in [*base.told(cfg.base), *loras.told()]:
             print(harmless(line))
@@ -46,13 +49,14 @@ def run(cfg: GenerateConfig) -> int:
             print(f"seed {usual.seed}, a random one; give it with --seed to draw the same again")
         written = f"The pictures that were drawn are in {cfg.output}."
         with telling_of_memory(cfg, base, pictures or [usual], written):
+            controls.load(DTYPES[base.precision], base.device)
             model = load(cfg, base)
 
         def draw_all(pictures: Sequence[Picture]) -> list[Path]:
             """Draw pictures and return the files that they are written to."""
-            common, files = facts_of_all(cfg, base.checkpoint, loras), []
+            common, files = {**controls.facts(), **facts_of_all(cfg, base.checkpoint, loras)}, []
             with telling_of_memory(cfg, base, pictures, written):
-                found = drawn(cfg, model, pictures, loras, is_folded=cfg.fold, source=source)
+                found = drawn(cfg, model, pictures, loras, is_folded=cfg.fold, source=source, controls=controls)
                 for one, picture in counted(found, len(pictures), "drawing", is_shown=cfg.progress):
                     text = parameters(shown_prompt(one), one.negative, {**facts_of(cfg, one), **common})
                     files.append(folder.add(picture, text, fields_of(cfg, one), one.file))
@@ -61,7 +65,8 @@ def run(cfg: GenerateConfig) -> int:
         count = 0 if cfg.interactive else len(draw_all(pictures))
         for prompt in asked_prompts() if cfg.interactive else ():
             with telling_of_mistakes():
-                asked = _pictures(cfg, base.facts, _usual(cfg, base.facts, source), [prompts.parse(prompt)], loras)
+                own = _usual(cfg, base.facts, source)
+                asked = _pictures(cfg, base.facts, own, [prompts.parse(prompt)], loras, controls)
                 for file in draw_all(asked):
                     print(harmless(str(file)))
                     count += 1
@@ -108,7 +113,12 @@ def _usual(cfg: GenerateConfig, facts: ModelFacts, source: Source | None) -> Dra
 
 
 def _pictures(
-    cfg: GenerateConfig, facts: ModelFacts, usual: Drawing, asked: Sequence[Prompt], loras: Loras
+    cfg: GenerateConfig,
+    facts: ModelFacts,
+    usual: Drawing,
+    asked: Sequence[Prompt],
+    loras: Loras,
+    controls: Controls,
 ) -> list[Picture]:
     """Return all pictures that prompts ask for, checked."""
     found = [picture for prompt in asked for picture in _of_prompt(cfg, usual, prompt, loras)]
@@ -125,6 +135,8 @@ def _pictures(
             raise UserError(f"seed {one.seed} is too large; seeds go up to {_LARGEST_SEED}.")
     for size, steps, sampler in dict.fromkeys((one.size, one.steps, one.sampler) for one in found):
         check_settings(facts, size, steps, sampler, cfg.sigmas)
+    for steps in {one.steps if one.denoise is None else drawn_steps(one.steps, one.denoise) for one in found}:
+        controls.check_steps(steps)
     return found
 
 

@@ -14,6 +14,7 @@ from lorasmith.diffusion import Discrete, Prediction
 from lorasmith.models.keys.sd import Source
 
 Conditioning = dict[str, Tensor]  # what encode_text made for forward, batch first; opaque to everyone else
+Residuals = list[Tensor]  # what a ControlNet made for forward, batch first; to be scaled and summed, else opaque too
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,12 @@ class LatentDiffusion(nn.Module, ABC):
         """Return pixels (B, 3, H, W), about [-1, 1], of latents (B, C, H/f, W/f)."""
 
     @abstractmethod
-    def forward(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """Return the denoiser's prediction (B, C, h, w) in its dtype, for fp32 x_t (B, C, h, w) and timesteps (B,)."""
+    def forward(self, x_t: Tensor, t: Tensor, cond: Conditioning, added: Residuals | None = None) -> Tensor:
+        """Return the denoiser's prediction (B, C, h, w) in its dtype, for fp32 x_t (B, C, h, w) and timesteps (B,).
+
+        Args:
+            added: what ControlNets add inside the denoiser; None: there is none.
+        """
 
     @abstractmethod
     def adapter_targets(self) -> dict[str, nn.Module]:
@@ -116,3 +121,17 @@ class LatentDiffusion(nn.Module, ABC):
     @abstractmethod
     def adaptable_layers(self) -> dict[str, nn.Module]:
         """Return every layer that a file may change, by saved name: the targets, convolutions, norms, embeddings."""
+
+
+class ControlNet(nn.Module, ABC):
+    """A frozen network that is shown a picture and steers a denoiser by it (arXiv:2302.05543).
+
+    Args:
+        is_conditional_only: predictions that guidance leads away from are made without it.
+    """
+
+    is_conditional_only: bool
+
+    @abstractmethod
+    def forward(self, x_t: Tensor, t: Tensor, cond: Conditioning, picture: Tensor) -> Residuals:
+        """Return what is to be added for x_t (B, C, h, w), t (B,) and cond, for a picture (1, 3, H, W) in [0, 1]."""

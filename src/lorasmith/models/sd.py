@@ -23,7 +23,7 @@ from lorasmith.data.captions import weights
 from lorasmith.diffusion import Prediction, stable_diffusion_schedule
 from lorasmith.errors import UserError
 from lorasmith.models import tokenizer
-from lorasmith.models.base import AdapterPlace, Conditioning, LatentDiffusion, ModelFacts
+from lorasmith.models.base import AdapterPlace, Conditioning, LatentDiffusion, ModelFacts, Residuals
 from lorasmith.models.embeddings import NO_EMBEDDINGS, Embeddings
 from lorasmith.models.keys import sd as keys
 from lorasmith.models.keys import sd_blocks
@@ -138,11 +138,18 @@ class StableDiffusion(LatentDiffusion):
         """Return pixels (B, 3, H, W), about [-1, 1], of latents (B, 4, H/8, W/8)."""
         return self.vae.decode(latents.to(self._vae_device, self.vae.dtype) / LATENT_SCALE).sample
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, cond: Conditioning, added: Residuals | None = None) -> Tensor:
         """Return the U-Net's prediction (B, 4, h, w) in its dtype, for fp32 x_t (B, 4, h, w) and timesteps (B,)."""
         dtype, device = self.denoiser.dtype, self.device
         text = cond["text"].to(device, dtype)
-        return self.denoiser(x_t.to(device, dtype), t.to(device), encoder_hidden_states=text).sample
+        *down, middle = added or [None]
+        return self.denoiser(
+            x_t.to(device, dtype),
+            t.to(device),
+            encoder_hidden_states=text,
+            down_block_additional_residuals=down or None,
+            mid_block_additional_residual=middle,
+        ).sample
 
     def adapter_targets(self) -> dict[str, nn.Module]:
         """Return the 264 (SD1) or 330 (SD2) layers that a LoRA may go on, by saved name."""
@@ -417,7 +424,7 @@ def load(
     num_layers = keys.NUM_TEXT_LAYERS[layout.family]
     if not 1 <= clip_skip <= num_layers:
         raise UserError(f"clip skip {clip_skip}; {facts.title} has {num_layers} text layers, give 1 to {num_layers}.")
-    loader = _Loader(checkpoint, device)
+    loader = Loader(checkpoint, device)
     unet = loader.load("U-Net", _make_unet(layout, loader), layout.unet, dtype)
     text = loader.load("text encoder", _make_text_encoder(layout, loader), layout.text, dtype)
     text.embeddings.register_buffer(
@@ -425,7 +432,7 @@ def load(
     )  # the only thing on the meta device that no file has
     if vae is not None:
         with open_checkpoint(Path(vae)) as other:
-            own_vae = _load_vae(_Loader(other, device), _require_vae(other))
+            own_vae = _load_vae(Loader(other, device), _require_vae(other))
     else:
         assert layout.vae is not None, "describe has looked"
         own_vae = _load_vae(loader, layout.vae)
@@ -442,7 +449,7 @@ def components(checkpoint: Checkpoint) -> dict[str, Component]:
     Raises:
         UserError: tensors are missing, unexpected or of another shape; there is no VAE.
     """
-    loader = _Loader(checkpoint, torch.device("meta"))
+    loader = Loader(checkpoint, torch.device("meta"))
     layout = _require_layout(loader.shapes)
     if layout.vae is None:
         raise UserError(f"{checkpoint.path} has no VAE in it; give a complete model.")
@@ -676,7 +683,7 @@ def _square(value: int | list[int] | None) -> tuple[int, int] | None:
 # --- modules, empty and filled ----------------------------------------------------------------------------------------
 
 
-class _Loader:
+class Loader:
     """Fills modules from a checkpoint."""
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
@@ -750,11 +757,7 @@ def _shorten(names: Collection[str]) -> str:
     return ", ".join(list(names)[:_NUM_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _make_unet(layout: _Layout, loader: _Loader) -> nn.Module:
-    table, levels = layout.unet, range(keys.NUM_LEVELS)
-    widths = tuple(loader.shape(table, f"down_blocks.{level}.resnets.0.conv1.weight")[0] for level in levels)
-    _check_groups(loader.checkpoint.path, widths, loader.details.unet_groups)
-    heads = loader.details.unet_heads or _unet_heads(layout.family, widths)
+def _make_unet(layout: _Layout, loader: Loader) -> nn.Module:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     build: Any = UNet2DConditionModel
@@ -763,16 +766,32 @@ def _make_unet(layout: _Layout, loader: _Loader) -> nn.Module:
             sample_size=64,
             in_channels=StableDiffusion.latent_channels,
             out_channels=StableDiffusion.latent_channels,
-            down_block_types=(*["CrossAttnDownBlock2D"] * (keys.NUM_LEVELS - 1), "DownBlock2D"),
             up_block_types=("UpBlock2D", *["CrossAttnUpBlock2D"] * (keys.NUM_LEVELS - 1)),
-            block_out_channels=widths,
-            layers_per_block=keys.NUM_LAYERS,
-            cross_attention_dim=loader.shape(table, _CONTEXT)[1],
-            attention_head_dim=heads,  # diffusers' misnomer: it is the number of heads
-            norm_num_groups=loader.details.unet_groups,
-            use_linear_projection=len(loader.shape(table, _PROJECTION)) == 2,
-            upcast_attention=layout.family == "sd2",  # SD2's scores overflow fp16 where they are computed explicitly
+            **_encoder_settings(layout, loader),
         )
+
+
+def encoder_settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return how diffusers is to build the U-Net's way down and middle, of which ControlNets have a copy."""
+    loader = Loader(checkpoint, torch.device("meta"))
+    return _encoder_settings(_require_layout(loader.shapes), loader)
+
+
+def _encoder_settings(layout: _Layout, loader: Loader) -> dict[str, Any]:
+    table, levels = layout.unet, range(keys.NUM_LEVELS)
+    widths = tuple(loader.shape(table, f"down_blocks.{level}.resnets.0.conv1.weight")[0] for level in levels)
+    _check_groups(loader.checkpoint.path, widths, loader.details.unet_groups)
+    heads = loader.details.unet_heads or _unet_heads(layout.family, widths)
+    return {
+        "down_block_types": (*["CrossAttnDownBlock2D"] * (keys.NUM_LEVELS - 1), "DownBlock2D"),
+        "block_out_channels": widths,
+        "layers_per_block": keys.NUM_LAYERS,
+        "cross_attention_dim": loader.shape(table, _CONTEXT)[1],
+        "attention_head_dim": heads,  # diffusers' misnomer: it is the number of heads
+        "norm_num_groups": loader.details.unet_groups,
+        "use_linear_projection": len(loader.shape(table, _PROJECTION)) == 2,
+        "upcast_attention": layout.family == "sd2",  # SD2's scores overflow fp16 where they are computed explicitly
+    }
 
 
 def _check_groups(path: Path, widths: Sequence[int], groups: int) -> None:
@@ -790,7 +809,7 @@ def _unet_heads(family: Family, widths: tuple[int, ...]) -> int | tuple[int, ...
     return 8 if family == "sd1" else tuple(max(1, width // 64) for width in widths)
 
 
-def _make_text_encoder(layout: _Layout, loader: _Loader) -> nn.Module:
+def _make_text_encoder(layout: _Layout, loader: Loader) -> nn.Module:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     num_tokens, width = loader.shape(layout.text, _TOKEN_EMBEDDING)
@@ -811,11 +830,11 @@ def _make_text_encoder(layout: _Layout, loader: _Loader) -> nn.Module:
         return CLIPTextModel(config)
 
 
-def _load_vae(loader: _Loader, table: Table) -> Any:
+def _load_vae(loader: Loader, table: Table) -> Any:
     return loader.load("VAE", _make_vae(table, loader), table, torch.float32)
 
 
-def _make_vae(table: Table, loader: _Loader) -> nn.Module:
+def _make_vae(table: Table, loader: Loader) -> nn.Module:
     widths = tuple(
         loader.shape(table, f"encoder.down_blocks.{level}.resnets.0.conv1.weight")[0]
         for level in range(keys.NUM_LEVELS)

@@ -21,6 +21,7 @@ from lorasmith.formats import embeddings
 from lorasmith.memory import is_out_of_memory, set_attention
 from lorasmith.models.base import LatentDiffusion, ModelFacts
 from lorasmith.models.embeddings import Embeddings
+from lorasmith.picture_run.controls import Controls
 from lorasmith.picture_run.loras import Loras
 from lorasmith.picture_run.pictures import Picture
 from lorasmith.picture_run.thrift import Thrift
@@ -97,12 +98,14 @@ def drawn(
     *,
     is_folded: bool = False,
     source: Source | None = None,
+    controls: Controls | None = None,
 ) -> Iterator[tuple[Picture, Image.Image]]:
     """Yield each picture when it is drawn, in their order.
 
     Args:
         is_folded: LoRAs are folded into the weights while they are used, not attached.
         source: None: pictures are drawn from noise alone.
+        controls: loaded ones.
     """
     thrift = Thrift(cfg, model)
     for tags, same in groupby(pictures, key=lambda one: one.loras):
@@ -110,6 +113,7 @@ def drawn(
             for (size, steps, guidance, sampler, denoise), alike in groupby(same, key=lambda one: one.settings):
                 rest = list(alike)
                 beginning = None if source is None or denoise is None else _beginning(model, source, size, denoise)
+                acting = [] if controls is None else controls.at(size)
                 while rest:
                     batch = rest[: thrift.batch_size]
                     work = partial(
@@ -124,6 +128,7 @@ def drawn(
                         sigmas=cfg.sigmas,
                         rescale=cfg.guidance_rescale,
                         beginning=beginning,
+                        controls=acting,
                     )
                     if (found := thrift.tried(len(batch), work)) is not None:
                         rest = rest[len(batch) :]
