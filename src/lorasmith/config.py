@@ -1578,10 +1578,18 @@ class DrawConfig(Section):
         default="sdpa",
         description="Attention implementation: torch's own, plain products, or a head at a time, for less memory.",
     )
+    channels_last: bool | None = Field(
+        default=None,
+        description="Lay out pictures with their channels last, as convolutions on GPUs like it; left out: on a GPU.",
+    )
+    compile: bool = Field(
+        default=False,
+        description="Compile the U-Net, on an NVIDIA GPU into CUDA graphs: slow to begin, faster for many pictures.",
+    )
     on_out_of_memory: Literal["retry", "stop"] = Field(
         default="retry",
-        description="Where memory runs out: draw the same again with less (smaller batches, attention in slices, the VAE "
-        "on the CPU), or stop.",
+        description="Where memory runs out: draw the same again with less (smaller batches, attention in slices, the "
+        "VAE on the CPU), or stop.",
     )
     device: str = Field(default="auto", description="Where to draw: auto, cpu, cuda, cuda:1, mps.")
     progress: bool = Field(default=True, description="Show a progress bar.")

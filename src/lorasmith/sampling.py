@@ -399,7 +399,9 @@ def _predict(
     for own, cond in rows:
         x_own, t_own = x_t[[picture for picture, _ in own]], t.expand(len(own))
         added = _added(controls, x_own, t_own, cond, [part == _NEGATIVE for _, part in own])
-        prediction = model(x_own, t_own, cond, added).float()
+        prediction = model(x_own, t_own, cond, added)
+        # a copy, since CUDA graphs write what they predict next into the same place
+        prediction = prediction.to(torch.float32, copy=True)
         found.update(zip(own, prediction, strict=True))
     return torch.stack([_guided(number, wish, found, guidance, rescale) for number, wish in enumerate(wishes)])
 

@@ -26,6 +26,7 @@ from lorasmith.picture_run.loras import Loras
 from lorasmith.picture_run.pictures import Picture
 from lorasmith.picture_run.thrift import Thrift
 from lorasmith.sampling import Beginning, Drawing, Wish, draw
+from lorasmith.speed import compile_denoiser, telling_of_compiler, use_channels_last
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,10 @@ def load(cfg: DrawConfig, base: Base) -> LatentDiffusion:
     if cfg.zero_terminal_snr:
         model.schedule = model.schedule.with_zero_terminal_snr()
     set_attention(model, cfg.attention)
+    if base.device.type == "cuda" if cfg.channels_last is None else cfg.channels_last:
+        use_channels_last(model)
+    if cfg.compile:
+        compile_denoiser(model)
     return model
 
 
@@ -103,13 +108,14 @@ def drawn(
     """Yield each picture when it is drawn, in their order.
 
     Args:
-        is_folded: LoRAs are folded into the weights while they are used, not attached.
+        is_folded: LoRAs are folded into the weights while they are used, not attached; with `compile` they always are.
         source: None: pictures are drawn from noise alone.
         controls: loaded ones.
     """
     thrift = Thrift(cfg, model)
     for tags, same in groupby(pictures, key=lambda one: one.loras):
-        with merging.applied(model, loras.additions(tags), is_folded=is_folded):
+        # compiled code does not notice hooks, through which attached LoRAs act
+        with merging.applied(model, loras.additions(tags), is_folded=is_folded or cfg.compile):
             for (size, steps, guidance, sampler, denoise), alike in groupby(same, key=lambda one: one.settings):
                 rest = list(alike)
                 beginning = None if source is None or denoise is None else _beginning(model, source, size, denoise)
@@ -136,7 +142,8 @@ def drawn(
 
 
 def _draw(model: LatentDiffusion, batch: Sequence[Picture], **settings: Any) -> list[Image.Image]:
-    return draw(model, _wishes(model, batch), **settings)
+    with telling_of_compiler():
+        return draw(model, _wishes(model, batch), **settings)
 
 
 def _beginning(model: LatentDiffusion, source: Source, size: Size, denoise: float) -> Beginning:
