@@ -1706,6 +1706,48 @@ class GenerateConfig(DrawConfig):
         return self
 
 
+class JudgeConfig(DrawConfig):
+    """Score LoRAs by the pictures that they draw, and recommend one."""
+
+    lora: list[Place] = Field(
+        default=[],
+        description="LoRA files of any program, or output folders of runs, of which all LoRAs are taken.",
+        json_schema_extra={"positional": "LORA"},
+    )
+    pictures: Place | None = Field(
+        default=None, description="Folder of the training pictures, with the folders in it."
+    )
+    judge: PlaceOrHubId | None = Field(
+        default=None,
+        description="What compares pictures: the folder or hub id of a CLIP, or of a DINO, which sees pictures alone; "
+        "`demo` for the embedded model's own.",
+    )
+    prompts: list[str] = Field(
+        default=[], description="Prompts of what was trained, or a .txt, .toml or .json file of them."
+    )
+    unrelated_prompts: list[str] = Field(
+        default=[],
+        description="Prompts of other things, which should stay as they are, or a file of them; left out, eight "
+        "(docs/judge.md).",
+    )
+    strengths: Numbers = Field(default=[1.0], description="How strongly each LoRA is put on: all are tried.")
+    images: PositiveInt = Field(default=4, description="Pictures of each prompt; unrelated ones are drawn once.")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
+        default=1, description="Seed of each prompt's first picture, the others count up."
+    )
+    output: Place = Field(
+        default=Path("judged"), description="Folder for page, scores and pictures; nothing may be there yet."
+    )
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "JudgeConfig":
+        if 0 in self.strengths:
+            raise ValueError("strength 0 is the base model alone, which is drawn anyway; leave it out")
+        if not self.strengths or len(set(self.strengths)) < len(self.strengths):
+            raise ValueError("strengths are to be different numbers, at least one")
+        return self
+
+
 class ConvertConfig(Section):
     """Write a LoRA as another program has it, or mend its names; or a base model as one file or a diffusers folder."""
 
@@ -1836,6 +1878,7 @@ COMMANDS: dict[str, type[Section]] = {
     "cache": CacheConfig,
     "prepare": PrepareConfig,
     "generate": GenerateConfig,
+    "judge": JudgeConfig,
     "merge": MergeConfig,
     "extract": ExtractConfig,
     "resize": ResizeConfig,

@@ -35,10 +35,14 @@ class Judge(nn.Module):
         self.head = nn.Linear(2 * widths[-1][1], len(ANSWERS))
 
     def forward(self, pixels: Tensor) -> Tensor:
+        return self.head(self._pooled(pixels))
+
+    def _pooled(self, pixels: Tensor) -> Tensor:
+        """Return what the last layer decides by: (B, 192)."""
         x = pixels
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = F.silu(norm(conv(x)))
-        return self.head(torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1))
+        return torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1)
 
     @classmethod
     def load(cls, path: Path = FOLDER / "judge.safetensors") -> "Judge":
@@ -51,6 +55,11 @@ class Judge(nn.Module):
     def probabilities(self, pictures: Sequence[Image.Image]) -> Tensor:
         """Return the probability of each answer for each picture: (B, len(ANSWERS))."""
         return self(torch.stack([to_pixels(picture) for picture in pictures])).softmax(1)
+
+    @torch.no_grad()
+    def features(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """Return what pictures are told apart by: (B, 192)."""
+        return self._pooled(torch.stack([to_pixels(picture) for picture in pictures]))
 
     def things(self, pictures: Sequence[Image.Image]) -> list[str | None]:
         """Name the thing in each picture; None where there is none of them or it is doubtful."""
