@@ -196,7 +196,7 @@ GENERATION = (  # of December 2022, and what was added later
     "--textual_inversion_embeddings --emb_normalize_mode --force_scheduler_zero_steps_offset --highres_fix_strength "
     "--highres_fix_latents_upscaling --highres_fix_upscaler --highres_fix_upscaler_args "
     "--highres_fix_disable_control_net --negative_scale --control_net_models --control_net_preps "
-    "--control_net_multipliers --control_net_ratios --control_net_lllite_models --clip_vision_strength --ds_depth_1 "
+    "--control_net_multipliers --control_net_weights --control_net_ratios --control_net_lllite_models --clip_vision_strength --ds_depth_1 "
     "--ds_timesteps_1 --ds_depth_2 --ds_timesteps_2 --ds_ratio --gradual_latent_timesteps --gradual_latent_ratio "
     "--gradual_latent_ratio_step --gradual_latent_every_n_steps --gradual_latent_s_noise "
     "--gradual_latent_unsharp_params"

@@ -21,6 +21,7 @@ from tests.tiny import write_tiny
 NAME = "gen_img_diffusers.py"
 SCRIPT = entry.SCRIPTS[NAME]
 PROMPT = ["--prompt", "a cat"]
+CONTROLS = ["--control_net_models", "a.pth", "b", "--guide_image_path", "p.png"]
 ALWAYS = {
     "prompt": ["a cat"], "size": "512,512", "steps": 50, "guidance": 7.5, "sampler": "ddim", "output": "outputs",
     "precision": "fp32",
@@ -105,6 +106,17 @@ def test_fp16_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         assert ("--fp16 needs a GPU" in entry.page(SCRIPT, given, values)) == is_told
 
 
+def test_controlnets_are_those_of_generate_and_short_lists_are_filled() -> None:
+    words = ["--control_net_preps", "canny_50_150", "--control_net_weights", "0.8", "--control_net_ratios", "0.6"]
+    values = translate(*PROMPT, *CONTROLS, *words)
+    assert values["control"] == ["a.pth", "b"] and values["control_picture"] == ["p.png"]
+    assert values["control_preprocessor"] == ["canny:50,150", "none"]
+    assert values["control_weight"] == [0.8, 1.0] and values["control_range"] == ["0,0.6", "0,1"]
+    plain = translate(*PROMPT, *CONTROLS, "--control_net_preps", "canny", "none")
+    assert plain["control_preprocessor"] == ["canny:63,191", "none"]
+    assert "control_picture" not in translate(*PROMPT, "--guide_image_path=p.png")
+
+
 # ---- mistakes -------------------------------------------------------------------------------------------------------
 
 
@@ -130,7 +142,12 @@ def test_fp16_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         ([*PROMPT, *LORAS, "--network_mul", "nan"], "--network_mul nan: expected a number"),
         ([*PROMPT, "--image_path=i.png", "--strength=2"], "--strength 2.0: expected"),
         ([*PROMPT, "--interactive"], "--prompt and --interactive both say what to draw"),
-        ([*PROMPT, "--control_net_models", "a", "b"], "--control_net_models is refused: ControlNet"),
+        ([*PROMPT, "--control_net_lllite_models=a"], "--control_net_lllite_models is refused: it is for SDXL"),
+        ([*PROMPT, "--control_net_models", "a", "b"], "--guide_image_path is given 0 pictures for 2"),
+        ([*PROMPT, *CONTROLS, "--control_net_preps=hed"], "--control_net_preps hed: expected none, canny"),
+        ([*PROMPT, *CONTROLS, "--control_net_ratios", "1", "1", "1"], "--control_net_ratios is given 3 values for 2"),
+        ([*PROMPT, *CONTROLS, "--control_net_weights=1", "--control_net_multipliers=1"], "say the same; leave one"),
+        ([*PROMPT, *CONTROLS, "--control_net_ratios=0"], "'0,0': expected two numbers"),
         ([*PROMPT, "--highres_fix_scale=0.5"], "--highres_fix_scale is refused: pictures are drawn in one pass"),
         ([*PROMPT, "--clip_guidance_scale=100"], "--clip_guidance_scale is refused"),
         (["--prompt=a cat --am 0.5", "--ckpt=BASE"], "--am 0.5 has 1 strengths for 0 LoRAs"),

@@ -12,7 +12,6 @@ from lorasmith.config import read_text
 from lorasmith.errors import UserError
 
 _GUIDANCE = "pictures are guided by their prompts alone; leave it out."
-_CONTROL_NET = "ControlNet is not built here; draw on from a picture with --image_path, or leave it out."
 _HIGHRES = (
     "pictures are drawn in one pass here; for a second one give the first picture with --image_path, at a larger --W "
     "and --H and a --strength of 0.5."
@@ -50,7 +49,7 @@ def _complete(given: Values) -> dict[str, Any]:
             else 'missing: what to draw, --prompt "a photo of a cat" or --from_file prompts.txt'
         )
     _check_numbers(given)
-    values = {"precision": _precision(given), "size": _size(given), **_strengths(given)}
+    values = {"precision": _precision(given), "size": _size(given), **_strengths(given), **_controls(given)}
     if "image_path" in given and "strength" not in given:
         values["denoise"] = 0.8
     if "images_per_prompt" in given or "n_iter" in given:
@@ -109,6 +108,44 @@ def _strengths(given: Values) -> dict[str, Any]:
             "most one for each."
         )
     return {"strength": [*strengths, *[1.0] * (len(files) - len(strengths))]} if strengths else {}
+
+
+def _controls(given: Values) -> dict[str, Any]:
+    """Return what the ControlNets of `--control_net_models` do; lists that are too short end in what is left out."""
+    count, pictures = len(given.get("control_net_models") or []), len(given.get("guide_image_path") or [])
+    if count and pictures not in (1, count):
+        raise UserError(
+            f"--guide_image_path is given {pictures} pictures for {count} ControlNets of --control_net_models; give "
+            "one for all, or one for each."
+        )
+    if "control_net_multipliers" in given and "control_net_weights" in given:
+        raise UserError("--control_net_multipliers and --control_net_weights say the same; leave one of them out.")
+    names = ("control_net_preps", "control_net_multipliers", "control_net_weights", "control_net_ratios")
+    lists = {name: given[name] for name in names if given.get(name)}
+    for name, values in lists.items():
+        if len(values) > count:
+            raise UserError(
+                f"--{name} is given {len(values)} values for {count} ControlNets of --control_net_models; give at most "
+                "one for each."
+            )
+    found: dict[str, Any] = {}
+    for name, values in lists.items():
+        if name == "control_net_preps":
+            found["control_preprocessor"] = [*map(_preprocessor, values), *["none"] * (count - len(values))]
+        elif name == "control_net_ratios":
+            found["control_range"] = [f"0,{ratio:g}" for ratio in [*values, *[1.0] * (count - len(values))]]
+        else:
+            found["control_weight"] = [*values, *[1.0] * (count - len(values))]
+    return found
+
+
+def _preprocessor(name: str) -> str:
+    if name.lower() == "none":
+        return "none"
+    match = re.fullmatch(r"canny(?:_(\d+))?(?:_(\d+))?", name)
+    if match is None:
+        raise UserError(f"--control_net_preps {name}: expected none, canny, or canny_63_191 with other numbers.")
+    return f"canny:{match[1] or 63},{match[2] or 191}"
 
 
 def _notes(given: Values) -> list[str]:
@@ -227,6 +264,16 @@ _NETWORK = (
     *_refused("--network_regional_mask_max_color_codes", "LoRAs act on the whole picture; leave it out."),
 )
 
+_CONTROL = (
+    Flag("--control_net_models", "control", kind="path", many=True),
+    Flag("--guide_image_path", "control_picture", kind="path", many=True, needs=("control_net_models",)),
+    Flag("--control_net_preps", many=True, becomes="`--control-preprocessor`; canny and canny_63_191: canny:63,191"),
+    Flag("--control_net_multipliers", kind="number", many=True, becomes="`--control-weight`; left out: 1"),
+    Flag("--control_net_weights", kind="number", many=True, becomes="`--control-weight`; left out: 1"),
+    Flag("--control_net_ratios", kind="number", many=True, becomes="`--control-range`: from 0 to this; left out: 1"),
+    *_refused("--control_net_lllite_models", _SDXL, many=True),
+)
+
 _MACHINE = (
     Flag("--fp16", kind="switch", becomes="`--precision fp16`; left out, or without a GPU: fp32"),
     Flag("--bf16", kind="switch", becomes="`--precision bf16`; left out: fp32"),
@@ -259,7 +306,6 @@ _OTHERS = (
         "--clip_vision_strength",
         _GUIDANCE,
     ),
-    *_refused("--guide_image_path", "there is no guidance by pictures, and no ControlNet; leave it out.", many=True),
     *_refused(
         "--highres_fix_scale --highres_fix_steps --highres_fix_strength --highres_fix_upscaler "
         "--highres_fix_upscaler_args",
@@ -267,12 +313,6 @@ _OTHERS = (
     ),
     *_refused_switches(
         "--highres_fix_save_1st --highres_fix_latents_upscaling --highres_fix_disable_control_net", _HIGHRES
-    ),
-    *_refused(
-        "--control_net_models --control_net_preps --control_net_multipliers --control_net_ratios "
-        "--control_net_lllite_models",
-        _CONTROL_NET,
-        many=True,
     ),
     *_refused("--ds_depth_1 --ds_timesteps_1 --ds_depth_2 --ds_timesteps_2 --ds_ratio", _DEEP_SHRINK),
     *_refused(
@@ -285,7 +325,7 @@ _OTHERS = (
 _SCRIPT = Script(
     "gen_img_diffusers.py",
     "generate",
-    (*_MODEL, *_PROMPTS, *_PICTURES, *_NETWORK, *_MACHINE, *_OTHERS),
+    (*_MODEL, *_PROMPTS, *_PICTURES, *_NETWORK, *_CONTROL, *_MACHINE, *_OTHERS),
     complete=_complete,
     notes=_notes,
     check=_check,
@@ -303,6 +343,9 @@ _SCRIPT = Script(
         "`--from_file` ends in .txt (or .toml or .json); a line that begins with # is none.",
         "With `--image_path`, one file, the picture is cut to `--W` and `--H`, not distorted, and else keeps its size "
         "to a multiple of 8, not 32. The mask has the picture's size. The prompt is not read from the picture.",
+        "Several ControlNets act in the same steps, and what they add is summed; sd-scripts takes turns between them. "
+        "`--guide_image_path` is one picture for all of them, or one for each; each is cut to `--W` and `--H`. Edges "
+        "are found in the colours, not in grey. Files that hold only a difference from a model are refused.",
         "Files are `00001-SEED.png`, with `--sequential_file_name` `im_00001.png`; numbers go on after the highest "
         "that is there, and nothing is replaced. Their text is what WebUI reads, with the hashes of model and LoRAs.",
     ),
