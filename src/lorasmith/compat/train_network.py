@@ -42,6 +42,10 @@ _OPTIMIZERS = {  # in lower case -> here
     "adamwschedulefree": "schedule_free_adamw", "radamschedulefree": "schedule_free_radam",
     "sgdschedulefree": "schedule_free_sgd",
 }  # fmt: skip
+_PACKAGES_OWN = {  # what an argument is there if it is left out, where lorasmith has something else
+    "adafactor": {"relative_step": True, "scale_parameter": True},
+    "dadapt_adam": {"decouple": False}, "dadapt_sgd": {"decouple": False},
+}  # fmt: skip
 _SAMPLERS = (
     "ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++", "dpmsingle",
     "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a",
@@ -100,12 +104,24 @@ def _optimizer(given: Values) -> dict[str, Any]:
             f"{' and '.join(named)} are asked for as the optimizer; leave out all but one of --optimizer_type, "
             "--use_8bit_adam and --use_lion_optimizer."
         )
-    if not named:
-        return _taken(given, optimizer_args="optimizer.optimizer_args")
-    name, args = _OPTIMIZERS.get(named[0].lower(), named[0]), list(given.get("optimizer_args") or [])
-    if name == "adafactor" and not any(arg.startswith("relative_step=") for arg in args):
-        args.append("relative_step=True")  # which sd-scripts takes if nothing is said
-    return {"optimizer.optimizer": name} | ({"optimizer.optimizer_args": args} if args else {})
+    name = _OPTIMIZERS.get(named[0].lower(), named[0]) if named else "adamw"
+    args = {word.partition("=")[0].strip(): word for word in given.get("optimizer_args") or []}
+    values: dict[str, Any] = {"optimizer.optimizer": name} if named else {}
+    if decay := args.pop("weight_decay", None):
+        values["optimizer.weight_decay"] = _decay(decay)
+    elif name in _OPTIMIZERS.values() and not name.startswith(("adamw", "paged_adamw")):
+        values["optimizer.weight_decay"] = 0.0  # as in the packages; AdamW's is 0.01
+    for argument, value in _PACKAGES_OWN.get(name, {}).items():
+        if argument != "decouple" or values["optimizer.weight_decay"]:
+            args.setdefault(argument, f"{argument}={value}")
+    return values | ({"optimizer.optimizer_args": list(args.values())} if args else {})
+
+
+def _decay(word: str) -> float:
+    try:
+        return float(word.partition("=")[2])
+    except ValueError as error:
+        raise UserError(f"--optimizer_args {word}: expected a number.") from error
 
 
 def _words(value: str | None) -> list[str]:
@@ -295,7 +311,12 @@ _DATA = (
 
 _OPTIMIZER = (
     Flag("--optimizer_type", becomes="`--optimizer`"),
-    Flag("--optimizer_args", many=True, becomes="`--optimizer-args`; Adafactor's get relative_step=True, as there"),
+    Flag(
+        "--optimizer_args",
+        many=True,
+        becomes="`--optimizer-args`, and `--weight-decay`; what is left out is what it is there: Adafactor has "
+        "relative_step=True, others than AdamW no weight decay, and those by a dotted name 0.01",
+    ),
     Flag("--use_8bit_adam", kind="switch", becomes="`--optimizer adamw8bit`"),
     Flag("--use_lion_optimizer", kind="switch", becomes="`--optimizer lion`"),
     Flag("--learning_rate", "optimizer.learning_rate", kind="number", convert=_unless_zero),
