@@ -1,12 +1,7 @@
 """`lorasmith train` through its front door, on the miniature models: results, resume, and mistakes."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +10,16 @@ from PIL import Image
 from safetensors import safe_open
 
 from lorasmith.cli import main
+from lorasmith.training_run import session
 from tests.tiny import write_tiny
 
+CLOCK = "1700000000"
 COMMON = ["--resolution", "64", "--no-before-after", "--no-tensorboard", "--rank", "2", "--learning-rate", "0.001"]
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny(tmp_path_factory.mktemp("base") / "tiny.safetensors", "sd1")
+    return write_tiny(tmp_path_factory.mktemp("base") / "tiny.safetensors", "sd1", width=8)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +38,13 @@ def command(base: Path, pictures: Path, output: Path, *more: str) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def fixed_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", CLOCK)
+
+
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out what takes half of a run's time where it is not looked at."""
+    monkeypatch.setattr(session, "write_report", lambda folder, contents: folder)
 
 
 def test_a_run_saves_what_it_says_and_every_name_is_there(base: Path, pictures: Path, tmp_path: Path) -> None:
@@ -54,47 +57,35 @@ def test_a_run_saves_what_it_says_and_every_name_is_there(base: Path, pictures: 
     assert len((tmp_path / "logs" / "loss.jsonl").read_text().splitlines()) == 12
 
 
+@pytest.fixture(scope="module")
+def whole(base: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of five steps of two pictures each, which are changed anew each time, with a state after each step."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    options = ["--lr-schedule", "cosine", "--gradient-accumulation", "2", "--flip", "--color", "--random-crop"]
+    states = ["--state-every-steps", "1", "--keep-states", "9"]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("SOURCE_DATE_EPOCH", CLOCK)
+        assert main(command(base, pictures, folder, "--steps", "5", *options, *states)) == 0
+    return folder
+
+
+@pytest.mark.usefixtures("no_report")
 @pytest.mark.parametrize("stopped_after", [1, 3])
 @pytest.mark.parametrize("workers", ["0", "3"])
 def test_a_run_stopped_at_any_step_gives_the_same_bytes(
-    base: Path, pictures: Path, tmp_path: Path, stopped_after: int, workers: str
+    whole: Path, tmp_path: Path, stopped_after: int, workers: str
 ) -> None:
-    options = ["--lr-schedule", "cosine", "--gradient-accumulation", "2", "--flip", "--color", "--random-crop"]
-    assert main(command(base, pictures, tmp_path / "whole", "--steps", "5", *options)) == 0
-    every = ["--state-every-steps", str(stopped_after), "--keep-states", "9"]
-    assert main(command(base, pictures, tmp_path / "cut", "--steps", "5", *options, *every)) == 0
-    (tmp_path / "cut" / "last.safetensors").unlink()
-    state = tmp_path / "cut" / "states" / f"step-{stopped_after:08d}"
-    assert main(["train", "--resume", str(state), "--workers", workers]) == 0
-    whole, cut = (tmp_path / name / "last.safetensors" for name in ("whole", "cut"))
-    assert whole.read_bytes() == cut.read_bytes()
-    assert [json.loads(line)["step"] for line in (tmp_path / "cut/logs/loss.jsonl").read_text().splitlines()] == [
-        1, 2, 3, 4, 5,
-    ]  # fmt: skip
+    """tests/commands/test_train_killed.py has runs that are really killed."""
+    cut = shutil.copytree(whole, tmp_path / "cut")
+    (cut / "last.safetensors").unlink()
+    assert main(["train", "--resume", str(cut / f"states/step-{stopped_after:08d}"), "--workers", workers]) == 0
+    assert (whole / "last.safetensors").read_bytes() == (cut / "last.safetensors").read_bytes()
+    assert (whole / "logs" / "loss.jsonl").read_bytes() == (cut / "logs" / "loss.jsonl").read_bytes()
+    steps = [json.loads(line)["step"] for line in (cut / "logs" / "loss.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_stopped_process_is_resumed_to_the_same_bytes(
-    base: Path, pictures: Path, tmp_path: Path, number: int, code: int
-) -> None:
-    steps = ["--steps", "400", "--state-every-steps", "2", "--precision", "fp32", "--train", "unet"]
-    run = subprocess.Popen(
-        [sys.executable, "-m", "lorasmith", *command(base, pictures, tmp_path / "cut", *steps)],
-        stdout=subprocess.DEVNULL,
-    )
-    while not list((tmp_path / "cut" / "states").glob("step-*/state.json")):
-        assert run.poll() is None
-        time.sleep(0.05)
-    run.send_signal(number)
-    assert run.wait() == code
-    done = max(int(path.parent.name[5:]) for path in (tmp_path / "cut" / "states").glob("step-*/state.json"))
-    total = ["--steps", str(done + 2)]
-    assert main(["train", "--resume", str(tmp_path / "cut"), *total]) == 0
-    assert main(command(base, pictures, tmp_path / "whole", *steps, *total)) == 0
-    assert (tmp_path / "cut/last.safetensors").read_bytes() == (tmp_path / "whole/last.safetensors").read_bytes()
-
-
+@pytest.mark.usefixtures("no_report")
 def test_a_folder_with_a_run_is_not_overwritten(
     base: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -164,6 +155,7 @@ def test_sample_pictures_keep_their_captions_when_a_resumed_run_asks_for_others(
     assert drawn[-1] == (["a cow"], ["step 2"])
 
 
+@pytest.mark.usefixtures("no_report")
 def test_starting_weights_bring_their_rank_and_alpha(
     base: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -186,6 +178,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("no_report")
 def test_a_run_begun_with_relative_paths_goes_on_from_anywhere(
     base: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -203,6 +196,7 @@ def test_a_run_begun_with_relative_paths_goes_on_from_anywhere(
     assert main([*again, "--images", str(tmp_path / "elsewhere")]) == 0
 
 
+@pytest.mark.usefixtures("no_report")
 def test_a_file_of_prompts_is_found_from_anywhere(
     base: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,6 +209,7 @@ def test_a_file_of_prompts_is_found_from_anywhere(
     assert Image.open(tmp_path / "out" / "samples" / "step-00000002" / "00.png").size == (72, 64)
 
 
+@pytest.mark.usefixtures("no_report")
 def test_a_run_that_ended_before_it_saved_is_simply_started_again(
     base: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
