@@ -1562,6 +1562,15 @@ class DrawConfig(Section):
     guidance_rescale: Share = Field(
         default=0.0, description="Share of guidance's added contrast that is taken back; 0.7 for zero terminal SNR."
     )
+    pag_scale: Annotated[float, Field(ge=0)] = Field(
+        default=0.0,
+        description="Scale of perturbed-attention guidance, for firmer shapes, commonly 3; 0: none, else half as slow "
+        "again.",
+    )
+    pag_layers: list[str] = Field(
+        default=["mid"],
+        description="Which self-attentions of the U-Net it perturbs: mid, down, up, down_blocks.1 and the like.",
+    )
     sampler: str = Field(
         default="dpm++", description="Sampler: ddim, euler, euler_a, dpm++, unipc, heun, pndm and more."
     )
@@ -1593,6 +1602,14 @@ class DrawConfig(Section):
     )
     device: str = Field(default="auto", description="Where to draw: auto, cpu, cuda, cuda:1, mps.")
     progress: bool = Field(default=True, description="Show a progress bar.")
+
+    @model_validator(mode="after")
+    def _check_perturbation(self) -> "DrawConfig":
+        if not self.pag_scale and _is_changed(self, "pag_layers"):
+            raise ValueError("pag_layers is for perturbed-attention guidance; give pag_scale too, or leave it out")
+        if not self.pag_layers:
+            raise ValueError("pag_layers is empty; name a self-attention, such as mid, or leave it out")
+        return self
 
 
 class GenerateConfig(DrawConfig):

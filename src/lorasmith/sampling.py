@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lorasmith.errors import UserError
 from lorasmith.models.base import Conditioning, ControlNet, LatentDiffusion, ModelFacts, Residuals
+from lorasmith.perturbed_attention import perturbed
 from lorasmith.prompts import Prompt, check_plain
 
 Value = TypeVar("Value")
@@ -155,6 +156,19 @@ def is_in_share(share: tuple[float, float], done: int, steps: int) -> bool:
     return share[0] <= done / steps and (done + 1) / steps <= share[1]
 
 
+@dataclass(frozen=True)
+class Perturbation:
+    """Guidance away from what the model predicts without some of its self-attentions (arXiv:2403.17377).
+
+    Args:
+        layers: these self-attentions, by the names of the denoiser's modules.
+        scale: of the difference that is added to what is predicted.
+    """
+
+    layers: Sequence[str]
+    scale: float
+
+
 @torch.no_grad()
 def generate(
     model: LatentDiffusion,
@@ -214,6 +228,7 @@ def draw(
     rescale: float = 0.0,
     beginning: Beginning | None = None,
     controls: Sequence[Control] = (),
+    perturbation: Perturbation | None = None,
     tick: Callable[[float], None] | None = None,
 ) -> list[Image.Image]:
     """Draw pictures at once, one for each wish; settings as for `generate`, and as `check_settings` has checked.
@@ -224,6 +239,7 @@ def draw(
         rescale: share of the guided prediction that gets the conditional one's deviation back (arXiv:2305.08891).
         beginning: None: noise alone.
         controls: ControlNets; their shares are of the steps that are drawn.
+        perturbation: None: no such guidance.
         tick: called with the share of the steps that are done.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -231,11 +247,11 @@ def draw(
     scheduler.set_timesteps(steps, device=model.device)
     latents, timesteps, blend = _start(model, scheduler, generators, size, steps, beginning)
     draws = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
-    rows = _rows(wishes)
+    rows = _rows(wishes, is_perturbed=perturbation is not None)
     for done, t in enumerate(timesteps, start=1):
         x_t = scheduler.scale_model_input(latents, t)
         acting = [control for control in controls if is_in_share(control.share, done - 1, len(timesteps))]
-        prediction = _predict(model, x_t, t, wishes, rows, guidance, rescale, acting)
+        prediction = _predict(model, x_t, t, wishes, rows, guidance, rescale, acting, perturbation)
         latents = blend(scheduler.step(prediction, t, latents, **draws).prev_sample, done)
         if tick:
             tick(done / len(timesteps))
@@ -362,11 +378,11 @@ def drawn_steps(steps: int, denoise: float) -> int:
     return int(steps * denoise)
 
 
-_NEGATIVE = -1
-_Row = tuple[int, int]  # picture, part of its wish or _NEGATIVE
+_NEGATIVE, _PERTURBED = -1, -2
+_Row = tuple[int, int]  # picture; part of its wish, _NEGATIVE, or for a part without self-attentions _PERTURBED - part
 
 
-def _rows(wishes: Sequence[Wish]) -> list[tuple[list[_Row], Conditioning]]:
+def _rows(wishes: Sequence[Wish], *, is_perturbed: bool) -> list[tuple[list[_Row], Conditioning]]:
     """Return what the model is asked in each step, in batches of conditionings of the same shapes, (n, ...).
 
     None is padded to another one's length, so what else is in the batch has no part in a picture.
@@ -375,9 +391,12 @@ def _rows(wishes: Sequence[Wish]) -> list[tuple[list[_Row], Conditioning]]:
         ((number, _NEGATIVE), wish.negative) for number, wish in enumerate(wishes) if wish.negative is not None
     ]
     rows += [((number, part), cond) for number, wish in enumerate(wishes) for part, (cond, _) in enumerate(wish.parts)]
+    if is_perturbed:
+        rows += [((number, _PERTURBED - part), cond) for (number, part), cond in rows if part != _NEGATIVE]
     batches: dict[Any, list[tuple[_Row, Conditioning]]] = {}
     for row, cond in rows:
-        batches.setdefault(tuple((name, value.shape) for name, value in cond.items()), []).append((row, cond))
+        kind = row[1] <= _PERTURBED, *((name, value.shape) for name, value in cond.items())
+        batches.setdefault(kind, []).append((row, cond))
     return [
         ([row for row, _ in own], {name: torch.cat([cond[name] for _, cond in own]) for name in own[0][1]})
         for own in batches.values()
@@ -393,17 +412,20 @@ def _predict(
     guidance: float,
     rescale: float,
     controls: Sequence[Control],
+    perturbation: Perturbation | None,
 ) -> Tensor:
     """Return the guided prediction, (B, C, h, w), fp32."""
+    layers, scale = (perturbation.layers, perturbation.scale) if perturbation else ([], 0.0)
     found: dict[_Row, Tensor] = {}
     for own, cond in rows:
         x_own, t_own = x_t[[picture for picture, _ in own]], t.expand(len(own))
         added = _added(controls, x_own, t_own, cond, [part == _NEGATIVE for _, part in own])
-        prediction = model(x_own, t_own, cond, added)
+        with perturbed(model.denoiser, layers if own[0][1] <= _PERTURBED else []):
+            prediction = model(x_own, t_own, cond, added)
         # a copy, since CUDA graphs write what they predict next into the same place
         prediction = prediction.to(torch.float32, copy=True)
         found.update(zip(own, prediction, strict=True))
-    return torch.stack([_guided(number, wish, found, guidance, rescale) for number, wish in enumerate(wishes)])
+    return torch.stack([_guided(number, wish, found, guidance, rescale, scale) for number, wish in enumerate(wishes)])
 
 
 def _added(
@@ -419,16 +441,31 @@ def _added(
     return total
 
 
-def _guided(number: int, wish: Wish, found: dict[_Row, Tensor], guidance: float, rescale: float) -> Tensor:
-    """Return unconditional + guidance * sum of weight * (conditional - unconditional), (C, h, w)."""
+def _guided(
+    number: int, wish: Wish, found: dict[_Row, Tensor], guidance: float, rescale: float, perturbed_scale: float
+) -> Tensor:
+    """Return unconditional + guidance * sum of weight * (conditional - unconditional), (C, h, w).
+
+    To which perturbed scale * sum of weight * (conditional - perturbed) is added, arXiv:2403.17377, equation 16.
+    """
     if wish.negative is None:
-        return found[number, 0]
+        return found[number, 0] + _away_from_perturbed(number, wish, found, perturbed_scale)
     negative = found[number, _NEGATIVE]
     changes = [weight * (found[number, part] - negative) for part, (_, weight) in enumerate(wish.parts)]
     guided = negative + guidance * sum(changes[1:], changes[0])
+    guided = guided + _away_from_perturbed(number, wish, found, perturbed_scale)
     if not rescale:
         return guided
     conditional = negative + sum(changes[1:], changes[0])
     return (
         rescale * guided * (conditional.std() / guided.std()) + (1 - rescale) * guided
     )  # arXiv:2305.08891, (15), (16)
+
+
+def _away_from_perturbed(number: int, wish: Wish, found: dict[_Row, Tensor], scale: float) -> Tensor | float:
+    if not scale:
+        return 0.0
+    gains = [
+        weight * (found[number, part] - found[number, _PERTURBED - part]) for part, (_, weight) in enumerate(wish.parts)
+    ]
+    return scale * sum(gains[1:], gains[0])

@@ -29,6 +29,7 @@ class ModelFacts:
         num_values: weights of the `denoiser`, `text_encoder` and `vae`; a VAE that is not in the file counts 0.
         width: channels of the denoiser's finest level.
         latent_factor: pixels on a latent's side.
+        self_attentions: the denoiser's, by the names of its modules.
     """
 
     family: str
@@ -45,6 +46,7 @@ class ModelFacts:
     num_text_layers: int
     latent_channels: int
     latent_factor: int
+    self_attentions: list[str]
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class LatentDiffusion(nn.Module, ABC):
     latent_factor: int  # pixels on a latent's side
     latent_channels: int
     latent_scale: float  # what the VAE gives is multiplied by; programs that store it do so without
+    self_attentions: list[str]  # the denoiser's, by the names of its modules
     denoiser: nn.Module
     text_encoder: nn.Module
     vae: nn.Module

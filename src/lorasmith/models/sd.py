@@ -59,6 +59,7 @@ class StableDiffusion(LatentDiffusion):
     latent_factor = 8
     latent_channels = 4
     latent_scale = LATENT_SCALE
+    self_attentions = keys.self_attentions()
     denoiser: Any  # UNet2DConditionModel; Any, since nn.Module's attributes are "Tensor or Module" to a type checker
     text_encoder: Any  # CLIPTextModel
     vae: Any  # AutoencoderKL
@@ -320,6 +321,7 @@ def describe(
         num_text_layers=keys.NUM_TEXT_LAYERS[family],
         latent_channels=StableDiffusion.latent_channels,
         latent_factor=StableDiffusion.latent_factor,
+        self_attentions=StableDiffusion.self_attentions,
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from lorasmith import merging, model_families, prompt_syntax
+from lorasmith import merging, model_families, perturbed_attention, prompt_syntax
 from lorasmith.checkpoint import Checkpoint, open_checkpoint
 from lorasmith.config import DrawConfig
 from lorasmith.data.buckets import Size
@@ -25,7 +25,7 @@ from lorasmith.picture_run.controls import Controls
 from lorasmith.picture_run.loras import Loras
 from lorasmith.picture_run.pictures import Picture
 from lorasmith.picture_run.thrift import Thrift
-from lorasmith.sampling import Beginning, Drawing, Wish, draw
+from lorasmith.sampling import Beginning, Drawing, Perturbation, Wish, draw
 from lorasmith.speed import compile_denoiser, telling_of_compiler, use_channels_last
 
 
@@ -50,7 +50,8 @@ def open_base(cfg: DrawConfig) -> Iterator[Base]:
     """Open the base model that is to be drawn with.
 
     Raises:
-        UserError: none is given, it cannot be read, or the device or the precision is not to be had.
+        UserError: none is given, it cannot be read or has no such layers, or the device or the precision is not to be
+            had.
     """
     if not cfg.base:
         raise UserError("missing: --base, the base model. For example: --base v1-5-pruned.safetensors")
@@ -59,6 +60,7 @@ def open_base(cfg: DrawConfig) -> Iterator[Base]:
     precision = choose_precision(cfg.precision, device)
     with open_checkpoint(cfg.base) as checkpoint:
         facts = model_families.describe(checkpoint, prediction=cfg.prediction, vae=cfg.vae)
+        perturbed_attention.chosen(facts.self_attentions, cfg.pag_layers)  # to tell now of one that there is not
         found, notes = embeddings.read(cfg.embeddings, width=facts.text_width)
         yield Base(checkpoint, facts, found, notes, precision, device)
 
@@ -113,6 +115,8 @@ def drawn(
         controls: loaded ones.
     """
     thrift = Thrift(cfg, model)
+    layers = perturbed_attention.chosen(model.self_attentions, cfg.pag_layers)
+    perturbation = Perturbation(layers, cfg.pag_scale) if cfg.pag_scale else None
     for tags, same in groupby(pictures, key=lambda one: one.loras):
         # compiled code does not notice hooks, through which attached LoRAs act
         with merging.applied(model, loras.additions(tags), is_folded=is_folded or cfg.compile):
@@ -134,6 +138,7 @@ def drawn(
                         sigmas=cfg.sigmas,
                         rescale=cfg.guidance_rescale,
                         beginning=beginning,
+                        perturbation=perturbation,
                         controls=acting,
                     )
                     if (found := thrift.tried(len(batch), work)) is not None:

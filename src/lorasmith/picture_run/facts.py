@@ -54,6 +54,8 @@ def facts_of_all(cfg: DrawConfig, checkpoint: Checkpoint, loras: Loras) -> dict[
         facts["Clip skip"] = str(cfg.clip_skip)
     if cfg.guidance_rescale:
         facts["CFG Rescale"] = f"{cfg.guidance_rescale:g}"
+    if cfg.pag_scale:
+        facts |= {"PAG Scale": f"{cfg.pag_scale:g}", "PAG Layers": " ".join(cfg.pag_layers)}
     if hashes := loras.hashes():
         facts["Lora hashes"] = ", ".join(f"{name}: {digits}" for name, digits in hashes.items())
     return {**facts, "Version": f"lorasmith {lorasmith.__version__}"}

@@ -350,6 +350,12 @@ def unet_targets() -> dict[str, str]:
     return {"lora_unet_" + name.replace(".", "_"): name for name in modules}
 
 
+def self_attentions() -> list[str]:
+    """Return the modules of the U-Net's self-attentions."""
+    targets = unet_targets().values()
+    return [name.removesuffix(".to_q") for name in targets if name.endswith(".attn1.to_q")]
+
+
 def text_targets(family: Family) -> dict[str, str]:
     """Return saved name -> module for the 72 (SD1) or 138 (SD2) layers of the text encoder that a LoRA goes on."""
     modules = [f"encoder.layers.{n}.{layer}" for n in range(NUM_TEXT_LAYERS[family]) for layer in _CLIP_LAYER]
