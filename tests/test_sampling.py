@@ -1,6 +1,8 @@
 """Sampling against diffusers' own pipeline, and that a picture depends on nothing but its prompt and seed."""
 
 import hashlib
+import sys
+from types import SimpleNamespace
 from typing import Any, cast
 
 import diffusers as diffusers_
@@ -43,6 +45,7 @@ MORE: dict[str, Any] = {
     "DPMsingle": lambda **options: diffusers.DPMSolverSinglestepScheduler(**BETAS, lower_order_final=True, **options),
     "unipc": lambda **options: diffusers.UniPCMultistepScheduler(**BETAS, **options),
 }
+ANY_MODEL: Any = SimpleNamespace(latent_factor=8)
 THAT_DRAW = ["euler_a", "dpm_2_a", "ddpm"]  # noise while they run
 
 
@@ -158,13 +161,44 @@ def test_every_sampler_begins_in_noise_where_the_model_does(sampler: str) -> Non
     assert picture.std() > 0
 
 
-def test_a_sampler_that_needs_a_package_says_so(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(**options: object) -> None:
-        raise ImportError
+@pytest.mark.parametrize(
+    "sampler, sigmas, said", [("k_lms", "normal", "the sampler lms needs"), ("euler", "beta", "--sigmas beta needs")]
+)
+def test_a_package_that_is_missing_is_told(
+    sampler: str, sigmas: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    with pytest.raises(UserError, match=said + r" the package scipy: pip install 'lorasmith\[samplers\]'"):
+        sampling.check_settings(ANY_MODEL, (64, 64), 4, sampler, sigmas)
+    sampling.check_settings(ANY_MODEL, (64, 64), 4, "dpm++", "karras")
 
-    monkeypatch.setattr(diffusers_, "LMSDiscreteScheduler", missing)
-    with pytest.raises(UserError, match="sampler lms needs the Python package scipy"):
-        generate(model, ["a cat"], seeds=[3], sampler="k_lms", **SETTINGS)
+
+@pytest.mark.parametrize(
+    "sampler, sigmas, theirs",
+    [
+        ("lms", "normal", diffusers.LMSDiscreteScheduler),
+        ("lms", "beta", diffusers.LMSDiscreteScheduler),
+        ("euler", "beta", EulerDiscreteScheduler),
+        ("dpm++", "beta", DPMSolverMultistepScheduler),
+    ],
+)
+def test_what_needs_scipy_is_as_in_diffusers(sampler: str, sigmas: str, theirs: Any) -> None:
+    pytest.importorskip("scipy")
+    model: Any = Miniature("epsilon").eval().requires_grad_(False)
+    scheduler = theirs(**BETAS, use_beta_sigmas=sigmas == "beta")
+    scheduler.set_timesteps(4)
+    latents = torch.randn(1, 4, 5, 9, generator=torch.Generator().manual_seed(3)) * scheduler.init_noise_sigma
+    cond = model.encode_text(["a cat"])
+    for t in scheduler.timesteps:
+        with torch.no_grad():
+            prediction = model(scheduler.scale_model_input(latents, t), t.expand(1), cond)
+        latents = scheduler.step(prediction, t, latents).prev_sample
+    with torch.no_grad():
+        expected = sampling.to_picture(model.decode(latents)[0])
+    settings: dict[str, Any] = {"seeds": [3], "size": (72, 40), "steps": 4, "guidance": 1.0, "sampler": sampler}
+    [ours] = sampling.draw(model, [sampling.Wish([(cond, 1.0)], None)], sigmas=sigmas, **settings)
+    [plain] = sampling.draw(model, [sampling.Wish([(cond, 1.0)], None)], **{**settings, "sampler": "heun"})
+    assert difference(ours, expected) <= 1 and difference(ours, plain) > 1
 
 
 @pytest.mark.parametrize("sampler", ["heun", "euler"])

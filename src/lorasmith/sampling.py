@@ -5,6 +5,7 @@ own generator on the CPU, and so does what some samplers draw while they run.
 """
 
 import difflib
+import importlib.util
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -58,14 +59,22 @@ def sampler_named(name: str) -> str:
     """Return our name of a sampler that is given by any of its usual names.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: there is none of that name, or the package that it needs is missing.
     """
     plain = name.lower()
     if plain not in _SAMPLERS and plain not in _OTHER_NAMES:
         near = difflib.get_close_matches(plain, [*_SAMPLERS, *_OTHER_NAMES], n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise UserError(f"there is no sampler named {name!r}; {hint}There are: {', '.join(_SAMPLERS)}.")
-    return _OTHER_NAMES.get(plain, plain)
+    found = _OTHER_NAMES.get(plain, plain)
+    if found == "lms":
+        _check_scipy("the sampler lms")
+    return found
+
+
+def _check_scipy(what: str) -> None:
+    if importlib.util.find_spec("scipy") is None:
+        raise UserError(f"{what} needs the package scipy: pip install 'lorasmith[samplers]', or take another.")
 
 
 @dataclass(frozen=True)
@@ -262,7 +271,7 @@ def make_scheduler(model: LatentDiffusion, sampler: str, sigmas: str = "normal")
     """Return the diffusers scheduler of that name for the model's betas and what it predicts.
 
     Raises:
-        UserError: the sampler cannot have these sigmas, or a package is missing.
+        UserError: the sampler cannot have these sigmas, or the package that they need is missing.
     """
     import diffusers  # takes seconds, and a run's plan is printed without it
 
@@ -275,16 +284,12 @@ def make_scheduler(model: LatentDiffusion, sampler: str, sigmas: str = "normal")
     if schedule.ends_in_noise:  # then drawing begins there (arXiv:2305.08891, section 3.3)
         options = {**options, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     known = inspect.signature(kind).parameters
-    try:
-        scheduler = kind(
-            num_train_timesteps=len(schedule.betas),
-            trained_betas=schedule.betas.tolist(),
-            prediction_type=schedule.prediction,
-            **{name: value for name, value in options.items() if name in known},
-        )
-    except ImportError as error:
-        what = f"the sampler {sampler}" + (f" with {sigmas} sigmas" if SIGMAS[sigmas] else "")
-        raise UserError(f"{what} needs the Python package scipy; install it with pip.") from error
+    scheduler = kind(
+        num_train_timesteps=len(schedule.betas),
+        trained_betas=schedule.betas.tolist(),
+        prediction_type=schedule.prediction,
+        **{name: value for name, value in options.items() if name in known},
+    )
     if schedule.ends_in_noise and "rescale_betas_zero_snr" not in known:
         scheduler.alphas_cumprod[-1] = _ALMOST_NO_SIGNAL
     return scheduler
@@ -317,10 +322,12 @@ def check_sigmas(sampler: str, sigmas: str) -> None:
     """Check that a sampler, by our name, can have a schedule of sigmas.
 
     Raises:
-        UserError: it cannot; tells those that can.
+        UserError: it cannot, and those that can are told; or the package that they need is missing.
     """
     if sigmas != "normal" and sampler not in _WITH_SIGMAS:
         raise UserError(f"the sampler {sampler} has no {sigmas} sigmas; these have: {', '.join(_WITH_SIGMAS)}.")
+    if sigmas == "beta":
+        _check_scipy("--sigmas beta")
 
 
 def _wishes(model: LatentDiffusion, prompts: Sequence[str], negative: str | None) -> list[Wish]:

@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -575,3 +576,13 @@ def test_mistakes_are_told_before_the_model_is_loaded(
     error = capsys.readouterr().err
     assert re.search(said, error) and "Traceback" not in error
     assert not (tmp_path / "pictures").exists()
+
+
+@pytest.mark.parametrize("options", [["--sampler", "k_lms"], ["--sigmas", "beta"]])
+def test_a_package_that_is_missing_is_told_before_the_model_is_loaded(
+    options: list[str], base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    monkeypatch.delattr(model_families, "load")
+    assert main(["generate", "a cat", "--base", str(base), *options]) == 2
+    assert "pip install 'lorasmith[samplers]'" in capsys.readouterr().err
