@@ -319,6 +319,53 @@ def test_arguments_of_a_network(words: list[str], places: dict[str, Any]) -> Non
     assert {place: found.get(place) for place in places} == places
 
 
+OFF = ["bypass_mode=False", "use_scalar=False", "rank_dropout_scale=False", "train_norm=False"]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["algo=locon", "preset=full", "conv_dim=2", "conv_alpha=1", "use_tucker=False", "rank_dropout=0",
+         "module_dropout=0", "dora_wd=False", *OFF],
+        ["algo=lokr", "factor=-1", "decompose_both=False", "full_matrix=False", *OFF],
+        ["algo=lora", "conv_dim=2", "disable_conv_cp=True", "dropout=0"],
+        ["algo=full", *OFF],
+        ["algo=ia3", "train_on_input=False"],
+        ["algo=diag-oft", "constraint=0", "rescaled=False"],
+    ],
+    ids=lambda args: args[0],
+)  # fmt: skip
+def test_lycoris_lines_as_user_interfaces_write_them(
+    typed_in: Path, capsys: pytest.CaptureFixture[str], args: list[str]
+) -> None:
+    """With rank and alpha for all types, and what is off for each."""
+    words = [word for word in WORDS if not word.startswith("--network_module")]
+    sizes = ["--network_module=lycoris.kohya", "--network_dim=2", "--network_alpha=1", "--output_dir=new"]
+    assert entry.main(NAME, [*words, *sizes, "--debug_dataset", "--network_args", *args]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    has_alpha = args[0] in ("algo=locon", "algo=lokr", "algo=lora")
+    assert ("rank 2, alpha 1" in told) == has_alpha and ("--network_alpha does nothing with" in told) != has_alpha
+
+
+def test_what_lycoris_has_besides_is_refused_where_it_is_on(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--network_module=lycoris.kohya", "--network_args", "train_norm=True"]
+    assert "--network_args train_norm=True: this is not built here" in mistake(capsys, *given)
+    tucker = translate("--network_module=lycoris.kohya", "--network_args", "algo=loha", "disable_conv_cp=False")
+    assert tucker["network.adapter_options"] == ["use_tucker=true"]
+
+
+def test_adafactor_takes_no_notice_of_rates_where_it_makes_its_own() -> None:
+    rates = [BASE, "--optimizer_type=AdaFactor", "--unet_lr=1e-4", "--text_encoder_lr=1e-5", "--learning_rate=1e-3",
+             "--lr_scheduler=cosine_with_restarts", "--lr_scheduler_num_cycles=3", "--lr_warmup_steps=10"]  # fmt: skip
+    places = ("unet_lr", "text_encoder_lr", "learning_rate", "lr_schedule", "lr_cycles", "lr_warmup_steps")
+    for args, are_taken in ((["relative_step=True"], False), (["relative_step=False"], True)):
+        given = entry.read(SCRIPT, [*rates, "--optimizer_args", *args])
+        values = entry.translate(SCRIPT, given)
+        assert [f"optimizer.{place}" in values for place in places] == [are_taken] * 6
+        told = entry.page(SCRIPT, given, values)
+        assert ("--unet_lr does nothing with Adafactor's relative_step, and is left out" in told) != are_taken
+
+
 def test_curves_of_rates_over_the_blocks() -> None:
     rates = block_rates({"down_lr_weight": "linear", "up_lr_weight": "reverse_linear+0.5", "mid_lr_weight": "2"})
     assert rates[:12] == pytest.approx([i / 11 for i in range(12)])

@@ -191,6 +191,8 @@ def translate(script: Script, given: Values) -> dict[str, Any]:
     Raises:
         UserError: two old options say different things of one, or a value cannot be converted.
     """
+    idle = script.idle(given)
+    given = {name: value for name, value in given.items() if name not in idle}
     values: dict[str, Any] = dict(script.complete(given))
     source: dict[str, Flag] = {}
     for flag in script.flags:
@@ -225,6 +227,7 @@ def page(script: Script, given: Values, values: Values, *, is_run: bool = True) 
         for flag in script.flags
         if flag.key in given and flag.is_idle(given)
     ]
+    notes += [f"--{name} does nothing {reason}, and is left out" for name, reason in script.idle(given).items()]
     line = " ".join(["lorasmith", script.command, *map(quoted, words_of(script, values))])
     what = "the same in lorasmith's own words" if is_run else "what lorasmith has for this, with another result"
     name = f"{script.command}.toml"

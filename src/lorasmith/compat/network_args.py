@@ -38,9 +38,23 @@ _ADAPTER_OPTIONS = {  # LyCORIS' argument -> the adapter's option
     "use_conv_cp": "use_tucker", "use_cp": "use_tucker", "unbalanced_factorization": "unbalanced_factorization",
     "rescaled": "rescaled", "train_on_input": "train_on_input", "wd_on_output": "wd_on_output",
 }  # fmt: skip
+_OFF = ("use_scalar", "rank_dropout_scale", "train_norm", "rs_lora")  # what LyCORIS has besides, which is off there
 _LYCORIS_OWN = {"algo", "preset", "dropout", "constraint", "dora_wd", "weight_decompose", *_ADAPTER_OPTIONS}
-_LYCORIS = {*_LYCORIS_OWN, "conv_dim", "conv_alpha", "rank_dropout", "module_dropout"}
+_LYCORIS = {
+    *_LYCORIS_OWN,
+    *_OFF,
+    "bypass_mode",
+    "disable_conv_cp",
+    "conv_dim",
+    "conv_alpha",
+    "rank_dropout",
+    "module_dropout",
+}
 _PLAIN = {*_NUMBERS, *_LISTS, *_RATES}
+_IDLE = {  # what an adapter takes no notice of
+    "full": ("network_dim", "network_alpha"), "ia3": ("network_dim", "network_alpha"),
+    "oft": ("network_alpha",), "boft": ("network_alpha",),
+}  # fmt: skip
 _PRESETS = {"full": None, "attn-mlp": "", "unet-transformer-only": "unet"}
 
 
@@ -69,6 +83,14 @@ def values(given: Values) -> dict[str, Any]:
     if any(name in args for name in _RATES):
         found["optimizer.block_lr"] = block_rates(args)
     return found | (_lycoris(given, args) if is_lycoris else {})
+
+
+def idle(given: Values) -> dict[str, str]:
+    """Return the options of a rank's size that LyCORIS' algorithm takes no notice of."""
+    words = {word.replace(" ", "").lower() for word in given.get("network_args") or []}
+    adapter = next((_ALGORITHMS.get(word.removeprefix("algo=")) for word in words if word.startswith("algo=")), None)
+    names = _IDLE.get(adapter or "", ()) if given.get("network_module") == "lycoris.kohya" else ()
+    return {name: f"with LyCORIS' {adapter}" for name in names if name in given}
 
 
 def _args(words: list[str], known: set[str], module: str) -> dict[str, str]:
@@ -161,6 +183,10 @@ def _lycoris(given: Values, args: Mapping[str, str]) -> dict[str, Any]:
         adapter = "dora"
     elif is_decomposed:
         options["dora_wd"] = "true"
+    if wanted := [name for name in _OFF if _is_true(args, name)]:
+        raise UserError(f"--network_args {wanted[0]}={args[wanted[0]]}: this is not built here; leave it out.")
+    if args.get("disable_conv_cp", "").lower() in ("false", "0"):
+        options["use_tucker"] = "true"
     found: dict[str, Any] = {"network.adapter": adapter}
     if options:
         found["network.adapter_options"] = [f"{name}={text}" for name, text in options.items()]

@@ -59,6 +59,7 @@ class Script:
     name: its path in the repository. command: the command of lorasmith that does its work.
     complete: what takes more than one old option to say, as values by place; None is no value. It is given the old
         options, like all below, and raises a UserError for what cannot be meant together.
+    idle: which of the given do nothing beside the others, so that they are left out, and why, to follow "does nothing".
     notes: what is worth a line besides the notes of single flags.
     check: raises a UserError if what is given is not what the files are.
     instead: what to run in place of the command, for what only the script does; None: the command.
@@ -72,6 +73,7 @@ class Script:
     notes: Callable[[Values], Sequence[str]] = lambda given: ()
     check: Callable[[Values], None] = lambda given: None
     instead: Callable[[Values], Callable[[], int] | None] = lambda given: None
+    idle: Callable[[Values], Mapping[str, str]] = lambda given: {}
     has_config_file: bool = False
     differences: tuple[str, ...] = ()
 

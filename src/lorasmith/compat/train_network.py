@@ -31,6 +31,10 @@ _SCHEDULES = {
     "cosine_with_restarts": "cosine_restarts", "polynomial": "polynomial", "inverse_sqrt": "inverse_sqrt",
     "cosine_with_min_lr": "cosine", "warmup_stable_decay": "warmup_stable_decay",
 }  # fmt: skip
+_SCHEDULES_NUMBERS = (
+    "lr_decay_steps", "lr_scheduler_num_cycles", "lr_scheduler_power", "lr_scheduler_timescale",
+    "lr_scheduler_min_lr_ratio",
+)  # fmt: skip
 _OPTIMIZERS = {  # in lower case -> here
     "adamw": "adamw", "adamw8bit": "adamw8bit", "pagedadamw": "paged_adamw32bit", "pagedadamw8bit": "paged_adamw8bit",
     "pagedadamw32bit": "paged_adamw32bit", "lion": "lion", "lion8bit": "lion8bit", "pagedlion8bit": "paged_lion8bit",
@@ -66,8 +70,23 @@ def _complete(given: Values) -> dict[str, Any]:
         **_schedule(given),
         **_data(given),
         **_samples(given),
+        **({"training.compile": given.get("dynamo_backend", "inductor")} if given.get("torch_compile") else {}),
         **({"save.upload_saves": True} if given.get("huggingface_repo_id") else {}),
     }
+
+
+def _idle(given: Values) -> dict[str, str]:
+    return network_args.idle(given) | _idle_rates(given)
+
+
+def _idle_rates(given: Values) -> dict[str, str]:
+    """Return what Adafactor takes no notice of where it makes its own learning rate."""
+    is_adafactor = str(given.get("optimizer_type")).lower() == "adafactor"
+    words = {word.replace(" ", "").lower() for word in given.get("optimizer_args") or []}
+    if not is_adafactor or "relative_step=false" in words:
+        return {}
+    names = ("learning_rate", "unet_lr", "text_encoder_lr", "lr_scheduler", "lr_warmup_steps", *_SCHEDULES_NUMBERS)
+    return {name: "with Adafactor's relative_step" for name in names if name in given}
 
 
 def _length(given: Values) -> dict[str, Any]:
@@ -383,8 +402,13 @@ _MACHINE = (
     Flag("--mem_eff_attn", "training.attention", kind="switch", value="sdpa", note=_FUSED),
     Flag("--xformers", "training.attention", kind="switch", value="sdpa", note=_FUSED),
     Flag("--sdpa", "training.attention", kind="switch", value="sdpa"),
-    Flag("--torch_compile", kind="switch", note="nothing needs doing for the result; here the model is not compiled"),
-    Flag("--dynamo_backend", note="nothing needs doing: the model is not compiled"),
+    Flag("--torch_compile", kind="switch", becomes="`--compile`"),
+    Flag(
+        "--dynamo_backend",
+        choices=("inductor", "aot_eager", "eager"),
+        becomes="the backend of `--compile`; left out: inductor; those of other packages are refused",
+        needs=("torch_compile",),
+    ),
     Flag(
         "--ddp_timeout", kind="integer", note="nothing needs doing: processes wait a day, and notice at once who ended"
     ),
@@ -537,6 +561,7 @@ SCRIPT = Script(
     "train",
     (*_MODEL, *_NETWORK, *_DATA, *_OPTIMIZER, *_LOSS, *_MACHINE, *_SAVE, *_HUB, *_LOOK),
     complete=_complete,
+    idle=_idle,
     notes=_notes,
     has_config_file=True,
     differences=(
