@@ -169,6 +169,12 @@ def _check_token_length(length: int) -> int:
     return length
 
 
+def _check_axes(names: list[str]) -> list[str]:
+    if unknown := [name for name in names if name not in ("lora", "strength", "prompt", "seed")]:
+        raise ValueError(f"{unknown[0]!r} is no axis of a grid; there are lora, strength, prompt and seed")
+    return names
+
+
 def _check_steps_or_share(steps: float) -> float:
     if steps >= 1 and steps != int(steps):
         raise ValueError(f"{steps:g} is neither a whole number of steps nor, below 1, a share of the run")
@@ -195,6 +201,7 @@ RepositoryFolder = Annotated[str, AfterValidator(_check_repository_folder)]
 Color = Annotated[str, AfterValidator(_check_color), Field(json_schema_extra={"format": "color"})]
 TokenLength = Annotated[int, AfterValidator(_check_token_length)]
 Trackers = Annotated[list[str], AfterValidator(_check_trackers)]
+Axes = Annotated[list[str], AfterValidator(_check_axes)]
 Separator = Annotated[str, AfterValidator(_check_separator)]
 Numbers = Annotated[list[float], Field(json_schema_extra={"format": "numbers"})]
 ShareOfSteps = Annotated[str, AfterValidator(_check_share)]
@@ -216,6 +223,7 @@ def _check_blocks(numbers: list[Any]) -> list[Any]:
 
 
 _NUMBERS = Field(json_schema_extra={"format": "numbers"})
+Seeds = Annotated[list[Annotated[int, Field(ge=0, lt=2**63)]], _NUMBERS]
 BlockRanks = Annotated[list[Annotated[int, Field(ge=0)]], AfterValidator(_check_blocks), _NUMBERS]
 BlockRates = Annotated[list[Rate], AfterValidator(_check_blocks), _NUMBERS]
 BlockFactors = Annotated[list[NotNegative], AfterValidator(_check_blocks), _NUMBERS]
@@ -1765,6 +1773,69 @@ class JudgeConfig(DrawConfig):
         return self
 
 
+class GridConfig(DrawConfig):
+    """Compare LoRAs, strengths, prompts and seeds in labelled grids of pictures, beside the base model."""
+
+    lora: list[Place] = Field(
+        default=[],
+        description="LoRA files of any program, or folders, such as a run's output, of which all are taken in the "
+        "order of their steps.",
+        json_schema_extra={"positional": "LORA"},
+    )
+    strengths: Numbers = Field(
+        default=[1.0], description="How strongly each LoRA is put on, below 0 too; all are drawn."
+    )
+    prompt: list[str] = Field(
+        default=[], description="What to draw: one or several texts, each with options as for `lorasmith generate`."
+    )
+    prompts: Place | None = Field(default=None, description="A .txt, .toml or .json file of prompts.")
+    seeds: Seeds = Field(default=[1], description="Seeds of each prompt's pictures.")
+    images: PositiveInt = Field(
+        default=1, description="Pictures of each prompt: their seeds count up from the only one of seeds."
+    )
+    show_base: bool = Field(default=True, description="Draw the base model alone too, beside the LoRAs.")
+    columns: Axes = Field(
+        default=[],
+        description="What the columns are, from the outer to the inner: lora, strength, prompt, seed; left out, lora "
+        "and strength.",
+    )
+    rows: Axes = Field(default=[], description="The same of the rows; left out, prompt and seed.")
+    sheets: Axes = Field(
+        default=[], description="The same of what has a sheet of its own for each; left out, what is in neither."
+    )
+    cell_size: Annotated[int, Field(ge=32)] | None = Field(
+        default=None, description="Longer side of pictures on the sheets; left out, that of the pictures."
+    )
+    lora_folder: Place | None = Field(
+        default=None, description="Folder, with the folders in it, of other LoRAs that prompts may name."
+    )
+    fold: bool = Field(
+        default=False, description="Fold the LoRAs into the weights while they are used: faster, the same pictures."
+    )
+    output: Place = Field(
+        default=Path("grid"),
+        description="Folder for the page, the sheets and the pictures; where another grid lies in it, the next number "
+        "is put after its name.",
+    )
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "GridConfig":
+        if self.prompt and self.prompts is not None:
+            raise ValueError("prompt and prompts both say what to draw; leave one of them out")
+        for name in ("strengths", "seeds"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{name} are to be different numbers, at least one")
+        if self.show_base and 0 in self.strengths:
+            raise ValueError("strength 0 is the base model, which is drawn anyway; leave it out, or add --no-show-base")
+        if self.images > 1 and len(self.seeds) > 1:
+            raise ValueError("images counts up from one seed, and seeds lists several; leave one of them out")
+        named = [*self.columns, *self.rows, *self.sheets]
+        if twice := [name for name in dict.fromkeys(named) if named.count(name) > 1]:
+            raise ValueError(f"{twice[0]} is named twice in columns, rows and sheets; each stands in one place")
+        return self
+
+
 class ConvertConfig(Section):
     """Write a LoRA as another program has it, or mend its names; or a base model as one file or a diffusers folder."""
 
@@ -1895,6 +1966,7 @@ COMMANDS: dict[str, type[Section]] = {
     "cache": CacheConfig,
     "prepare": PrepareConfig,
     "generate": GenerateConfig,
+    "grid": GridConfig,
     "judge": JudgeConfig,
     "merge": MergeConfig,
     "extract": ExtractConfig,

@@ -33,7 +33,7 @@ def sheet(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Image.Image
         top = header + _GAP + row * (cell[1] + _GAP)
         draw.text((_GAP, top + cell[1] // 2 - _FONT_SIZE), "\n".join(textwrap.wrap(label, 11)), _INK, font)
         for column, picture in enumerate(pictures):
-            page.paste(_fit(picture, cell), (_LABEL_WIDTH + column * (cell[0] + _GAP), top))
+            page.paste(fitted(picture, cell), (_LABEL_WIDTH + column * (cell[0] + _GAP), top))
     return page
 
 
@@ -47,7 +47,7 @@ def _cell_size(pictures: Sequence[Image.Image]) -> tuple[int, int]:
     return round(width * factor), round(height * factor)
 
 
-def _fit(picture: Image.Image, cell: tuple[int, int]) -> Image.Image:
+def fitted(picture: Image.Image, cell: tuple[int, int]) -> Image.Image:
     """Return the picture as large as the cell allows: pictures of a run may differ, a resumed one may change size."""
     factor = min(cell[0] / picture.width, cell[1] / picture.height)
     if factor >= 1:
@@ -99,7 +99,7 @@ def contact_sheet(entries: Sequence[Entry]) -> Image.Image:
                 draw.rectangle((left, top, left + _CONTACT - 1, top + _CONTACT - 1), outline=_ALERT)
                 draw.line((left, top, left + _CONTACT - 1, top + _CONTACT - 1), fill=_ALERT)
             else:
-                page.paste(_fit(entry.picture, (_CONTACT, _CONTACT)), (left, top))
+                page.paste(fitted(entry.picture, (_CONTACT, _CONTACT)), (left, top))
             for number, (line, colour) in enumerate(of_entry):
                 draw.text((left, top + _CONTACT + _GAP // 2 + number * line_height), line, colour, font)
         top += height
