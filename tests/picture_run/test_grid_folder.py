@@ -1,0 +1,77 @@
+"""The folder of a grid: nothing of anyone's is replaced, and what was drawn before is used if it is the same."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lorasmith.picture_run.grid_folder import PAGE, GridFolder
+
+MARKS = {"a.png": "1", "b.png": "2"}
+
+
+def begun(path: Path, marks: dict[str, str], *names: str) -> GridFolder:
+    folder = GridFolder(path, marks)
+    for name in names:
+        folder.add(name, Image.new("RGB", (4, 4), "red"), "text")
+    return folder
+
+
+def test_a_grid_goes_on_where_it_was_begun(tmp_path: Path) -> None:
+    begun(tmp_path / "grid", MARKS, "a.png")
+    (tmp_path / "grid" / "cells" / ".b.png.x1").write_bytes(b"killed while writing")
+    again = GridFolder(tmp_path / "grid", MARKS)
+    assert again.path == tmp_path / "grid" and again.drawn == {"a.png": again.file("a.png")}
+    with Image.open(again.file("a.png")) as picture:
+        assert picture.info["parameters"] == "text"
+
+
+@pytest.mark.parametrize(
+    "what", ["other mark", "other picture", "foreign file", "broken", "page", "file", "no picture"]
+)
+def test_another_folder_is_taken_where_anything_else_lies(what: str, tmp_path: Path) -> None:
+    place = tmp_path / "grid"
+    if what == "file":
+        place.write_text("mine")
+    else:
+        begun(place, {**MARKS, "c.png": "3"} if what == "other picture" else MARKS, "a.png", "b.png")
+    if what == "other mark":
+        begun(tmp_path / "grid-2", MARKS)
+    elif what == "other picture":
+        begun(place, {**MARKS, "c.png": "3"}, "c.png")
+    elif what == "foreign file":
+        (place / "notes.txt").write_text("mine")
+    elif what == "broken":
+        (place / "cells" / "a.png").write_bytes((place / "cells" / "a.png").read_bytes()[:-20])
+    elif what == "page":
+        (place / PAGE).write_text("mine")
+    elif what == "no picture":
+        (place / "cells" / "a.png").write_text("mine")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    marks = {**MARKS, "a.png": "other"} if what == "other mark" else MARKS
+    folder = GridFolder(place, marks)
+    folder.take_over()
+    folder.add("b.png", Image.new("RGB", (4, 4)), "")
+    assert folder.path == tmp_path / "grid-2"
+    assert before.items() <= {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}.items()
+
+
+def test_sheets_of_a_whole_grid_are_drawn_again(tmp_path: Path) -> None:
+    """It was stopped while it wrote them, before the page."""
+    place = tmp_path / "grid"
+    begun(place, MARKS, "a.png", "b.png")
+    Image.new("RGB", (4, 4)).save(place / "sheet-1.png")
+    assert GridFolder(place, MARKS).path == place
+    (place / "cells" / "b.png").unlink()
+    assert GridFolder(place, MARKS).path == tmp_path / "grid-2"
+
+
+def test_pictures_of_a_grid_that_is_done_are_taken_over(tmp_path: Path) -> None:
+    place = tmp_path / "grid"
+    done = begun(place, MARKS, "a.png", "b.png")
+    (place / PAGE).write_text("page")
+    more = GridFolder(place, {"a.png": "1", "b.png": "changed", "c.png": "3"})
+    assert more.path == tmp_path / "grid-2" and more.drawn == {"a.png": done.file("a.png")}
+    more.take_over()
+    assert more.file("a.png").read_bytes() == done.file("a.png").read_bytes() and not more.file("b.png").exists()
+    assert GridFolder(place, {"a.png": "1", "b.png": "changed", "c.png": "3"}).path == more.path
