@@ -1804,7 +1804,7 @@ class GridConfig(DrawConfig):
         default=[], description="The same of what has a sheet of its own for each; left out, what is in neither."
     )
     cell_size: Annotated[int, Field(ge=32)] | None = Field(
-        default=None, description="Longer side of pictures on the sheets; left out, that of the pictures."
+        default=None, description="Longer side of pictures on the sheets, at most; left out, as long as they are."
     )
     lora_folder: Place | None = Field(
         default=None, description="Folder, with the folders in it, of other LoRAs that prompts may name."

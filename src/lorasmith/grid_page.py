@@ -117,6 +117,8 @@ _DIALOG = """<dialog aria-label="One picture"><div id="view">
 <button id="close">close (Esc)</button></div>
 </div></dialog>
 """
+_HELP = "A click shows a picture whole; arrow keys go to those around it, Z shows one pixel as one."
+_HELP_WITH_BASE = " B, or the slider, shows what the base model makes of the same prompt and seed."
 _SMALL = 256  # pixels of a side up to which single ones are shown
 _HEADING_WIDTH = 10  # rem, as in the style
 
@@ -143,6 +145,7 @@ def grid_page(title: str, facts: Sequence[str], sheets: Sequence[Sheet], picture
         _section(i, name, sheet, pictures, is_named=name != title)
         for i, (name, sheet) in enumerate(zip(names, sheets, strict=True), 1)
     ]
+    has_base = any(cell.lora is None for cell in pictures)
     links = "".join(f'<li><a href="#sheet-{i}">{name}</a></li>' for i, name in enumerate(map(html.escape, names), 1))
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -150,7 +153,7 @@ def grid_page(title: str, facts: Sequence[str], sheets: Sequence[Sheet], picture
 <body style="--cell: {shown}px">
 <header><h1>{html.escape(title)}</h1>
 {"".join(f"<p>{html.escape(fact)}</p>" for fact in facts)}
-<p>A click shows a picture whole; arrow keys go to the next ones, B shows the base model's, Z one pixel as one.</p>
+<p>{_HELP}{_HELP_WITH_BASE if has_base else ""}</p>
 <p id="sizes" hidden><label>size <input id="size" type="range" min="64" max="768" value="{shown}"></label></p>
 </header>
 {f"<nav aria-label='Sheets'><ol>{links}</ol></nav>" if len(sheets) > 1 else ""}

@@ -135,7 +135,7 @@ def test_a_grid_that_was_stopped_goes_on_with_what_is_there(
     monkeypatch.setattr(drawing, "draw", stopping)
     place = tmp_path / "grid"
     draw(*command, output=place, code=130)
-    assert "3 of 6 pictures are drawn" in capsys.readouterr().out
+    assert "\n3 of 6 pictures are drawn" in capsys.readouterr().out
     assert len(cells(place)) == 3 and not (place / "index.html").exists()
     draw(*command, output=place)
     assert "3 of these were drawn before" in capsys.readouterr().out and len(calls) == 4 + 3

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from lorasmith.errors import UserError
 from lorasmith.picture_run.grid_folder import PAGE, GridFolder
 
 MARKS = {"a.png": "1", "b.png": "2"}
@@ -75,3 +76,20 @@ def test_pictures_of_a_grid_that_is_done_are_taken_over(tmp_path: Path) -> None:
     more.take_over()
     assert more.file("a.png").read_bytes() == done.file("a.png").read_bytes() and not more.file("b.png").exists()
     assert GridFolder(place, {"a.png": "1", "b.png": "changed", "c.png": "3"}).path == more.path
+
+
+def test_a_folder_without_a_name_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "work"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    assert GridFolder(Path("."), MARKS).path == Path(".")
+    (place / "mine").write_text("")
+    assert GridFolder(Path("."), MARKS).path == tmp_path / "work-2"
+    with pytest.raises(UserError, match="there is no free folder of this name"):
+        GridFolder(Path("/"), MARKS)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="no folder can be made there"):
+        GridFolder(tmp_path / "file" / "grid", MARKS).take_over()

@@ -33,7 +33,7 @@ from lorasmith.models.base import ModelFacts
 from lorasmith.picture_files import parameters
 from lorasmith.picture_run.checkpoints import lora_files
 from lorasmith.picture_run.drawing import Base, drawn, load, open_base, telling_of_memory
-from lorasmith.picture_run.facts import facts_of, facts_of_all, shown_prompt
+from lorasmith.picture_run.facts import facts_of, facts_of_all, model_name, shown_prompt
 from lorasmith.picture_run.grid_folder import CELLS, PAGE, GridFolder
 from lorasmith.picture_run.loras import Loras
 from lorasmith.picture_run.pictures import Picture
@@ -227,7 +227,7 @@ def _names(cfg: GridConfig, given: Sequence[Prompt], files: Sequence[Path]) -> d
 
 def _title(cfg: GridConfig, names: Mapping[str, Sequence[Label]]) -> str:
     count = len(names["lora"])
-    return f"{names['lora'][0].text if count == 1 else f'{count} LoRAs'} on {Path(cfg.base).stem}"
+    return f"{names['lora'][0].text if count == 1 else f'{count} LoRAs'} on {model_name(cfg)}"
 
 
 def _sheets(cfg: GridConfig, names: Mapping[str, Sequence[Label]]) -> list[Sheet]:
@@ -292,7 +292,7 @@ def _keeping(folder: GridFolder, total: int) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         lying = sum(1 for _ in (folder.path / CELLS).glob("*.png"))
-        print(harmless(f"\n{lying} of {total} pictures are drawn. {_written(folder)}"), flush=True)
+        print("\n" + harmless(f"{lying} of {total} pictures are drawn. {_written(folder)}"), flush=True)
         raise
 
 
@@ -346,4 +346,4 @@ def _facts(cfg: GridConfig, pictures: Sequence[Picture]) -> str:
         {f"guidance {one.guidance:g}" for one in pictures},
         {f"{one.size[0]}x{one.size[1]}" for one in pictures},
     ]
-    return " · ".join([Path(cfg.base).stem, *(kind.pop() for kind in kinds if len(kind) == 1)])
+    return " · ".join([model_name(cfg), *(kind.pop() for kind in kinds if len(kind) == 1)])

@@ -45,7 +45,7 @@ def facts_of(cfg: DrawConfig, one: Picture) -> dict[str, str]:
 
 def facts_of_all(cfg: DrawConfig, checkpoint: Checkpoint, loras: Loras) -> dict[str, str]:
     """Return what is written into every picture after what is its own."""
-    facts = {"Model": _model_name(cfg)}
+    facts = {"Model": model_name(cfg)}
     if checkpoint.path.is_file():
         facts = {"Model hash": known_sha256(checkpoint.path)[:10], **facts}
     if cfg.vae is not None:
@@ -77,7 +77,8 @@ def known_sha256(path: Path) -> str:
     return found
 
 
-def _model_name(cfg: DrawConfig) -> str:
+def model_name(cfg: DrawConfig) -> str:
+    """Return what the base model is called."""
     path = Path(cfg.base)
     return path.name if path.is_dir() else path.stem
 
@@ -87,7 +88,7 @@ def fields_of(cfg: DrawConfig, one: Picture) -> dict[str, str]:
     return {
         "seed": str(one.seed),
         "prompt": one.prompt,
-        "model": _model_name(cfg),
+        "model": model_name(cfg),
         "sampler": one.sampler,
         "steps": str(one.steps),
         "guidance": f"{one.guidance:g}",

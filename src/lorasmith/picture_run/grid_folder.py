@@ -1,5 +1,6 @@
 """The folder of a grid: pictures with a mark of what they were drawn from, so that one that was stopped can go on."""
 
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -40,14 +41,24 @@ class GridFolder:
             }
             if self._is_ours(path):
                 return
-        raise UserError(f"--output {wanted}: so many grids are there already; give another folder.")
+        raise UserError(f"--output {wanted}: there is no free folder of this name; give another.")
 
     def file(self, name: str) -> Path:
         """Return where a picture lies or is to lie."""
         return self.path / CELLS / name
 
     def take_over(self) -> None:
-        """Copy the pictures that lie in other folders."""
+        """Make the folder, and copy into it the pictures that lie in other ones.
+
+        Raises:
+            UserError: it cannot be made.
+        """
+        try:
+            (self.path / CELLS).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"--output {self.path}: no folder can be made there ({error.strerror}); give another."
+            ) from error
         for name, path in self.drawn.items():
             if path != self.file(name):
                 with atomic_file(self.file(name)) as temporary:
@@ -74,8 +85,9 @@ class GridFolder:
 
 def _names(wanted: Path) -> Iterator[Path]:
     yield wanted
-    for number in range(2, _MOST_FOLDERS):
-        yield wanted.with_name(f"{wanted.name}-{number}")
+    named = wanted if wanted.name not in ("", "..") else Path(os.path.abspath(wanted))
+    for number in range(2, _MOST_FOLDERS) if named.name else ():
+        yield named.with_name(f"{named.name}-{number}")
 
 
 def _visible(folder: Path) -> set[str]:
