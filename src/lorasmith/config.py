@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -1804,7 +1805,7 @@ class GridConfig(DrawConfig):
         default=[], description="The same of what has a sheet of its own for each; left out, what is in neither."
     )
     cell_size: Annotated[int, Field(ge=32)] | None = Field(
-        default=None, description="Longer side of pictures on the sheets, at most; left out, as long as they are."
+        default=None, description="Longer side of pictures on the sheets; left out, that of the pictures."
     )
     lora_folder: Place | None = Field(
         default=None, description="Folder, with the folders in it, of other LoRAs that prompts may name."
@@ -2020,7 +2021,8 @@ class Option:
         return f"--{self.name.replace('_', '-')}"
 
 
-def options(command: type[Section]) -> list[Option]:
+@cache
+def options(command: type[Section]) -> tuple[Option, ...]:
     """Return a command's options in their order, read from its JSON Schema."""
     schema = command.model_json_schema()
     found = []
@@ -2030,7 +2032,7 @@ def options(command: type[Section]) -> list[Option]:
             continue
         section = schema["$defs"][facts["$ref"].rpartition("/")[2]]
         found += [_option(name, option, facts) for option, facts in section["properties"].items()]
-    return found
+    return tuple(found)
 
 
 def sections(command: type[Section]) -> dict[str, str]:

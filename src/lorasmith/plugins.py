@@ -6,6 +6,7 @@ There is no registry: a new file in the right folder is a new name.
 import difflib
 import importlib
 import pkgutil
+from functools import cache
 from typing import Any
 
 from lorasmith.errors import UserError
@@ -13,11 +14,12 @@ from lorasmith.errors import UserError
 _NOT_PLUGS = {"base"}  # the file that holds a folder's seam
 
 
-def names(kind: str) -> list[str]:
+@cache  # a run asks for each of its layers
+def names(kind: str) -> tuple[str, ...]:
     """Return the names there are in a folder of plugs, e.g. `adapters`, `optimizers`, `data.sources`; imports none."""
     package = importlib.import_module(f"lorasmith.{kind}")
     found = (module.name for module in pkgutil.iter_modules(package.__path__) if not module.ispkg)
-    return sorted(name for name in found if name not in _NOT_PLUGS and not name.startswith("_"))
+    return tuple(sorted(name for name in found if name not in _NOT_PLUGS and not name.startswith("_")))
 
 
 def find(kind: str, name: str) -> Any:
