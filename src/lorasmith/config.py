@@ -1684,6 +1684,20 @@ class GenerateConfig(DrawConfig):
     control_range: list[ShareOfSteps] = Field(
         default=[], description="Share of the steps in which each ControlNet acts, such as 0,0.6; left out: all."
     )
+    highres_scale: Annotated[float, Field(gt=1, le=8)] | None = Field(
+        default=None, description="Enlarge each picture by this, and draw on from it in a second pass (highres fix)."
+    )
+    highres_steps: Annotated[int, Field(ge=1, le=1000)] | None = Field(
+        default=None, description="Sampler steps of the second pass; left out, as many as of the first."
+    )
+    highres_denoise: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.5, description="Share of these steps that are drawn: the more, the more is made anew."
+    )
+    highres_upscaler: str = Field(
+        default="latent",
+        description="What enlarges: latent, lanczos, or your own function of a picture by its dotted name, "
+        "my_module.enlarge.",
+    )
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = Field(
         default=None, description="Seed of each prompt's first picture, the others count up; left out, a random one."
     )
@@ -1710,6 +1724,11 @@ class GenerateConfig(DrawConfig):
         for name in ("denoise", "mask"):
             if self.init is None and _is_changed(self, name):
                 raise ValueError(f"{name} is for drawing on from a picture; give it with --init, or leave {name} out")
+        for name in ("highres_steps", "highres_denoise", "highres_upscaler"):
+            if self.highres_scale is None and _is_changed(self, name):
+                raise ValueError(f"{name} is for a second pass; give it with --highres-scale, or leave {name} out")
+        if self.highres_scale is not None and self.init is not None:
+            raise ValueError("highres_scale and init do not go together; give --init with a larger --size instead")
         for name in ("strength", "unet_strength", "text_encoder_strength"):
             count = len(getattr(self, name))
             if count not in (0, len(self.lora)):

@@ -134,12 +134,13 @@ class Beginning:
     """The picture that is drawn on from, instead of noise alone (SDEdit, arXiv:2108.01073).
 
     Args:
-        posterior: mean and std of its latents, each (1, C, h, w).
+        posterior: mean and std of its latents, each (1, C, h, w), or (B, C, h, w) with one for each picture; without
+            a std they are the mean.
         denoise: share of the steps that are drawn, in (0, 1]; the more, the less is left of the picture.
         mask: (1, 1, h, w), 1 where is drawn, 0 where the picture stays, shares between; None: 1 everywhere.
     """
 
-    posterior: tuple[Tensor, Tensor]
+    posterior: tuple[Tensor, Tensor | None]
     denoise: float
     mask: Tensor | None = None
 
@@ -224,7 +225,19 @@ def generate(
 
 
 @torch.no_grad()
-def draw(
+def draw(model: LatentDiffusion, wishes: Sequence[Wish], **settings: Any) -> list[Image.Image]:
+    """Draw pictures at once, one for each wish, with the settings that `draw_latents` takes."""
+    return decoded(model, draw_latents(model, wishes, **settings))
+
+
+@torch.no_grad()
+def decoded(model: LatentDiffusion, latents: Tensor) -> list[Image.Image]:
+    """Return the pictures that latents, (B, C, h, w), stand for; each is decoded alone."""
+    return [to_picture(model.decode(latent[None])[0]) for latent in latents]
+
+
+@torch.no_grad()
+def draw_latents(
     model: LatentDiffusion,
     wishes: Sequence[Wish],
     *,
@@ -239,8 +252,8 @@ def draw(
     controls: Sequence[Control] = (),
     perturbation: Perturbation | None = None,
     tick: Callable[[float], None] | None = None,
-) -> list[Image.Image]:
-    """Draw pictures at once, one for each wish; settings as for `generate`, and as `check_settings` has checked.
+) -> Tensor:
+    """Draw the latents of pictures, (B, C, h, w); settings as for `generate`, and as `check_settings` has checked.
 
     Args:
         seeds: one for each wish.
@@ -264,7 +277,7 @@ def draw(
         latents = blend(scheduler.step(prediction, t, latents, **draws).prev_sample, done)
         if tick:
             tick(done / len(timesteps))
-    return [to_picture(model.decode(latent[None])[0]) for latent in latents]
+    return latents
 
 
 def make_scheduler(model: LatentDiffusion, sampler: str, sigmas: str = "normal") -> Any:
@@ -359,11 +372,13 @@ def _start(
 
     That is given the latents and how many steps are done, and puts the picture, as noisy as these, where it stays.
     """
-    noise = _noise(model, generators, size).to(model.device)
     if beginning is None:
+        noise = _noise(model, generators, size).to(model.device)
         return noise * scheduler.init_noise_sigma, scheduler.timesteps, lambda latents, done: latents
-    mean, std = (part.to(model.device) for part in beginning.posterior)
-    kept = mean + std * noise  # the first draw is the posterior's, as in diffusers' pipeline
+    mean, std = beginning.posterior
+    kept = mean.to(model.device).expand(len(generators), -1, -1, -1)
+    if std is not None:  # the first draw is the posterior's, as in diffusers' pipeline
+        kept = kept + std.to(model.device) * _noise(model, generators, size).to(model.device)
     first = (steps - drawn_steps(steps, beginning.denoise)) * scheduler.order
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(first)

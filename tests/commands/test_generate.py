@@ -387,6 +387,65 @@ def test_pictures_are_of_the_size_of_the_one_that_is_drawn_on_from(
     assert Image.open(tmp_path / "out" / "00001-1.png").size == (88, 64)
 
 
+# --- two passes -------------------------------------------------------------------------------------------------------
+
+TWICE = ("--highres-scale", 1.5, "--highres-denoise", 0.5)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_second_pass_is_drawing_on_from_the_enlarged_picture(
+    batch: int, draw: Callable[..., list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By hand: the small picture, enlarged, is given with --init. Of a batch each is enlarged alone."""
+    (tmp_path / "my_upscalers.py").write_text(
+        "def mirrored(picture):\n    return picture.transpose(0).resize((200, 200))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    options = ("--sampler", "euler_a", "--images", batch, "--batch-size", batch)
+    small = draw("a cat", *options)
+    for upscaler, enlarge in (
+        ("lanczos", lambda one: one),
+        ("my_upscalers.mirrored", lambda one: one.transpose(0).resize((200, 200))),
+    ):
+        found = draw("a cat", *options, *TWICE, "--highres-steps", 4, "--highres-upscaler", upscaler)
+        for number, (picture, first) in enumerate(zip(found, small, strict=True)):
+            enlarge(Image.open(first)).save(tmp_path / "init.png")
+            by_hand = ("--init", tmp_path / "init.png", "--denoise", 0.5, "--seed", 7 + number, "--sampler", "euler_a")
+            [expected] = draw("a cat", *by_hand, size="96", steps=4)
+            assert difference(picture, expected) <= (0 if batch == 1 else 1)
+    facts = parsed(text_of(found[0]))
+    assert {name: facts[name] for name in facts if name.startswith(("Hires", "Denoising", "Size"))} == {
+        "Size": "64x64", "Denoising strength": "0.5", "Hires upscale": "1.5", "Hires steps": "2",
+        "Hires upscaler": "my_upscalers.mirrored",
+    }  # fmt: skip
+
+
+def test_latents_are_enlarged_as_in_diffusers(draw: Callable[..., list[Path]]) -> None:
+    """Its pipelines one after the other, with WebUI's enlarging of latents between them."""
+    unet, vae, text = build_tiny(resolution=64)
+    words = copy.deepcopy(tokenizer.build())
+    words.model_max_length, words.pad_token = 77, "<|endoftext|>"
+    make: tuple[Any, Any] = StableDiffusionPipeline, StableDiffusionImg2ImgPipeline
+    first, second = (
+        kind(
+            vae=vae, unet=unet, text_encoder=text, tokenizer=words, scheduler=THEIRS["dpm++"][1], safety_checker=None,
+            feature_extractor=None, requires_safety_checker=False,
+        )
+        for kind in make
+    )  # fmt: skip
+    common = {"guidance_scale": 7.5, "num_inference_steps": 4}
+    latents = first(
+        "a cat", width=72, height=64, generator=torch.Generator().manual_seed(7), output_type="latent", **common
+    ).images
+    larger = torch.nn.functional.interpolate(latents, (12, 13), mode="bilinear")
+    theirs = second(
+        "a cat", image=larger, strength=0.5, generator=torch.Generator().manual_seed(7), **common
+    ).images[0]  # fmt: skip
+    [ours] = draw("a cat", *TWICE, "--name", "{width}x{height}", size="72,64", steps=4)
+    assert np.abs(pixels(ours) - np.asarray(theirs).astype(int)).max() <= 1 and ours.name == "104x96.png"
+    assert parsed(text_of(ours))["Hires upscaler"] == "Latent" and "Hires steps" not in parsed(text_of(ours))
+
+
 # --- LoRAs ------------------------------------------------------------------------------------------------------------
 
 
@@ -542,6 +601,15 @@ def test_what_was_drawn_before_the_end_is_there_and_whole(
         (["a cat", "--base", "BASE", "--denoise", "0.5"], "denoise is for drawing on from a picture"),
         (["a cat", "--base", "BASE", "--mask", "PICTURE"], "mask is for drawing on from a picture"),
         (["a cat", "--base", "BASE", "--init", "PICTURE", "--mask", "WIDER"], "is 72x64, and .* is 64x64; give a mask"),
+        (["a cat", "--base", "BASE", "--highres-steps", "9"], "highres_steps is for a second pass"),
+        (["a cat", "--base", "BASE", "--highres-scale", "2", "--init", "PICTURE"], "highres_scale and init do not go"),
+        (["a cat", "--base", "BASE", "--highres-scale", "1.1", "--size", "64"], "makes 64x64 of 64x64"),
+        (["a cat --s 1", "--base", "BASE", "--highres-scale", "2"], "0.5 of 1 steps is less than one"),
+        (
+            ["a cat", "--base", "BASE", "--highres-scale", "2", "--highres-upscaler", "esrgan"],
+            "there are latent, lanczos",
+        ),
+        (["a cat", "--base", "BASE", "--highres-scale", "2", "--highres-upscaler", "no.such"], "no module named 'no'"),
         (["a cat", "--base", "BASE", "--init", "gone.png"], "gone.png"),
         (["a cat", "--base", "BASE", "--init", "BASE"], "mini.safetensors"),
         (["a cat", "--base", "BASE", "--init", "PICTURE", "--denoise", "0.01"], "0.01 of 20 steps is less than one"),

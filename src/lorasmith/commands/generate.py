@@ -24,6 +24,7 @@ from lorasmith.picture_run.asking import asked_prompts, telling_of_mistakes
 from lorasmith.picture_run.controls import Controls
 from lorasmith.picture_run.drawing import Source, drawn, load, open_base, telling_of_memory
 from lorasmith.picture_run.facts import facts_of, facts_of_all, fields_of, shown_prompt
+from lorasmith.picture_run.highres import Highres
 from lorasmith.picture_run.loras import Loras
 from lorasmith.picture_run.pictures import Picture
 from lorasmith.progress import counted
@@ -41,7 +42,12 @@ def run(cfg: GenerateConfig) -> int:
         source = _source(cfg)
         usual = _usual(cfg, base.facts, source)
         controls = Controls(cfg, base.checkpoint, base.facts)
-        pictures = [] if cfg.interactive else _pictures(cfg, base.facts, usual, _prompts(cfg), loras, controls)
+        highres = None if cfg.highres_scale is None else Highres(cfg, base.facts)
+
+        def asked_for(usual: Drawing, asked: Sequence[Prompt]) -> list[Picture]:
+            return _pictures(cfg, base.facts, usual, asked, loras, controls, highres)
+
+        pictures = [] if cfg.interactive else asked_for(usual, _prompts(cfg))
         folder = PictureFolder(cfg.output, cfg.name, cfg.form)
         for line in [*base.told(cfg.base), *loras.told()]:
             print(harmless(line))
@@ -56,18 +62,20 @@ def run(cfg: GenerateConfig) -> int:
             """Draw pictures and return the files that they are written to."""
             common, files = {**controls.facts(), **facts_of_all(cfg, base.checkpoint, loras)}, []
             with telling_of_memory(cfg, base, pictures, written):
-                found = drawn(cfg, model, pictures, loras, is_folded=cfg.fold, source=source, controls=controls)
+                found = drawn(
+                    cfg, model, pictures, loras, is_folded=cfg.fold, source=source, controls=controls, highres=highres
+                )
                 for one, picture in counted(found, len(pictures), "drawing", is_shown=cfg.progress):
-                    text = parameters(shown_prompt(one), one.negative, {**facts_of(cfg, one), **common})
-                    files.append(folder.add(picture, text, fields_of(cfg, one), one.file))
+                    own = facts_of(cfg, one) | ({} if highres is None else highres.facts(one))
+                    fields = {**fields_of(cfg, one), "width": str(picture.width), "height": str(picture.height)}
+                    text = parameters(shown_prompt(one), one.negative, {**own, **common})
+                    files.append(folder.add(picture, text, fields, one.file))
             return files
 
         count = 0 if cfg.interactive else len(draw_all(pictures))
         for prompt in asked_prompts() if cfg.interactive else ():
             with telling_of_mistakes():
-                own = _usual(cfg, base.facts, source)
-                asked = _pictures(cfg, base.facts, own, [prompts.parse(prompt)], loras, controls)
-                for file in draw_all(asked):
+                for file in draw_all(asked_for(_usual(cfg, base.facts, source), [prompts.parse(prompt)])):
                     print(harmless(str(file)))
                     count += 1
     print(f"{cfg.output}: {count} {'picture' if count == 1 else 'pictures'}")
@@ -119,6 +127,7 @@ def _pictures(
     asked: Sequence[Prompt],
     loras: Loras,
     controls: Controls,
+    highres: Highres | None,
 ) -> list[Picture]:
     """Return all pictures that prompts ask for, checked."""
     found = [picture for prompt in asked for picture in _of_prompt(cfg, usual, prompt, loras)]
@@ -137,6 +146,10 @@ def _pictures(
         check_settings(facts, size, steps, sampler, cfg.sigmas)
     for steps in {one.steps if one.denoise is None else drawn_steps(one.steps, one.denoise) for one in found}:
         controls.check_steps(steps)
+    if highres is not None:
+        for one in found:
+            highres.check(one)
+            controls.check_steps(highres.drawn_steps(one.steps))
     return found
 
 

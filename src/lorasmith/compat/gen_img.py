@@ -12,9 +12,9 @@ from lorasmith.config import read_text
 from lorasmith.errors import UserError
 
 _GUIDANCE = "pictures are guided by their prompts alone; leave it out."
-_HIGHRES = (
-    "pictures are drawn in one pass here; for a second one give the first picture with --image_path, at a larger --W "
-    "and --H and a --strength of 0.5."
+_UPSCALER = (
+    "its modules make upscalers of another form; give a function that makes a PIL picture of one to lorasmith "
+    "generate, --highres-upscaler my_module.enlarge."
 )
 _DEEP_SHRINK = "Deep Shrink is not built here; draw small, and then larger with --image_path."
 _GRADUAL = "Gradual Latent is not built here; draw small, and then larger with --image_path."
@@ -34,6 +34,8 @@ _LINE_OPTIONS = {
     **dict.fromkeys(("dsd1", "dst1", "dsd2", "dst2", "dsr"), _DEEP_SHRINK),
     **dict.fromkeys(("glt", "glr", "gls", "gle", "glsn", "glus"), _GRADUAL),
 }
+_OF_SECOND_PASS = ("w", "h", "s", "t")
+_DENOISE = 0.8
 _LINE_OPTION = re.compile(r"(?:^|\s)--(\w+)")
 
 
@@ -49,9 +51,12 @@ def _complete(given: Values) -> dict[str, Any]:
             else 'missing: what to draw, --prompt "a photo of a cat" or --from_file prompts.txt'
         )
     _check_numbers(given)
-    values = {"precision": _precision(given), "size": _size(given), **_strengths(given), **_controls(given)}
-    if "image_path" in given and "strength" not in given:
-        values["denoise"] = 0.8
+    values = {"precision": _precision(given), "size": _size(given), "steps": given.get("steps", 50)}
+    values |= {**_strengths(given), **_controls(given)}
+    if "image_path" in given:
+        values["denoise"] = given.get("strength", _DENOISE)
+    if "highres_fix_scale" in given:
+        values |= _highres(given)
     if "images_per_prompt" in given or "n_iter" in given:
         values["images"] = given.get("images_per_prompt", 1) * given.get("n_iter", 1)
     return values
@@ -62,6 +67,8 @@ def _check_numbers(given: Values) -> None:
     for name in ("W", "H"):
         if name in given and (given[name] < 8 or given[name] % 8):
             raise UserError(f"--{name} {given[name]}: expected a multiple of 8.")
+    if not 0 < given.get("strength", 1) <= 1:
+        raise UserError(f"--strength {given['strength']}: expected a number above 0 and at most 1.")
     for name in ("images_per_prompt", "n_iter"):
         if given.get(name, 1) < 1:
             raise UserError(f"--{name} {given[name]}: expected a whole number above 0.")
@@ -89,6 +96,27 @@ def _size(given: Values) -> str | None:
     if "image_path" in given and not ("W" in given and "H" in given):
         return None
     return f"{given.get('W', 512)},{given.get('H', 512)}"
+
+
+def _highres(given: Values) -> dict[str, Any]:
+    """Return the two passes: sizes are of the last one there, of the first one here; steps are of each pass in both."""
+    share, sizes = given["highres_fix_scale"], (given.get("W", 512), given.get("H", 512))
+    if not 0 < share < 1:
+        raise UserError(f"--highres_fix_scale {share:g}: expected a share of --W and --H, above 0 and below 1.")
+    width, height = (max(int(side * share + 0.5) // 32 * 32, 32) for side in sizes)
+    if width * sizes[1] != height * sizes[0] or width >= sizes[0]:
+        raise UserError(
+            f"--highres_fix_scale {share:g} of {sizes[0]}x{sizes[1]} is {width}x{height}, for the sides of the first "
+            "pass are multiples of 32; that is not the same shape. Give --W and --H with which it is."
+        )
+    return {
+        "size": f"{width},{height}",
+        "steps": given.get("highres_fix_steps", 28),
+        "highres_scale": sizes[0] / width,
+        "highres_steps": given.get("steps", 50),
+        "highres_denoise": given.get("strength", _DENOISE),
+        "highres_upscaler": "latent" if "highres_fix_latents_upscaling" in given else "lanczos",
+    }
 
 
 def _strengths(given: Values) -> dict[str, Any]:
@@ -163,6 +191,11 @@ def _check(given: Values) -> None:
         for name in _LINE_OPTION.findall(line):
             if name in _LINE_OPTIONS:
                 raise UserError(f"prompt {line!r}: --{name} is refused: {_LINE_OPTIONS[name]}")
+            if name in _OF_SECOND_PASS and "highres_fix_scale" in given:
+                raise UserError(
+                    f"prompt {line!r}: --{name} is refused with --highres_fix_scale: here it would be of the first "
+                    "pass, and not of the second; give it for all prompts."
+                )
 
 
 def _lines(given: Values) -> list[str]:
@@ -225,7 +258,7 @@ _PROMPTS = (
 _PICTURES = (
     Flag("--W", kind="integer", becomes="`--size`; left out: 512, or as --image_path is"),
     Flag("--H", kind="integer", becomes="`--size`; left out: 512, or as --image_path is"),
-    Flag("--steps", "steps", kind="integer", default=50),
+    Flag("--steps", kind="integer", becomes="`--steps`, or `--highres-steps`; left out: 50"),
     Flag("--scale", "guidance", kind="number", default=7.5),
     Flag("--sampler", "sampler", default="ddim"),
     Flag("--seed", "seed", kind="integer"),
@@ -235,7 +268,12 @@ _PICTURES = (
     Flag("--batch_size", "batch_size", kind="integer"),
     Flag("--image_path", "init", kind="path"),
     Flag("--mask_path", "mask", kind="path", needs=("image_path",)),
-    Flag("--strength", "denoise", kind="number", becomes="left out: 0.8", needs=("image_path",)),
+    Flag(
+        "--strength",
+        kind="number",
+        becomes="`--denoise`, or `--highres-denoise`; left out: 0.8",
+        needs=("image_path", "highres_fix_scale"),
+    ),
     Flag("--outdir", "output", kind="path", default="outputs"),
     Flag("--sequential_file_name", "name", kind="switch", value="im_{number}"),
     Flag(
@@ -306,14 +344,18 @@ _OTHERS = (
         "--clip_vision_strength",
         _GUIDANCE,
     ),
-    *_refused(
-        "--highres_fix_scale --highres_fix_steps --highres_fix_strength --highres_fix_upscaler "
-        "--highres_fix_upscaler_args",
-        _HIGHRES,
+    Flag("--highres_fix_scale", kind="number", becomes="`--size`, of the first pass, and `--highres-scale`"),
+    Flag("--highres_fix_steps", kind="integer", becomes="`--steps`; left out: 28", needs=("highres_fix_scale",)),
+    Flag("--highres_fix_strength", kind="number", note="nothing needs doing: the first pass begins in noise"),
+    Flag(
+        "--highres_fix_latents_upscaling",
+        kind="switch",
+        becomes="`--highres-upscaler latent`; left out: lanczos",
+        needs=("highres_fix_scale",),
     ),
-    *_refused_switches(
-        "--highres_fix_save_1st --highres_fix_latents_upscaling --highres_fix_disable_control_net", _HIGHRES
-    ),
+    *_refused("--highres_fix_upscaler --highres_fix_upscaler_args", _UPSCALER),
+    *_refused_switches("--highres_fix_save_1st", "only the last picture is kept; leave it out."),
+    *_refused_switches("--highres_fix_disable_control_net", "ControlNets act in both passes here; leave it out."),
     *_refused("--ds_depth_1 --ds_timesteps_1 --ds_depth_2 --ds_timesteps_2 --ds_ratio", _DEEP_SHRINK),
     *_refused(
         "--gradual_latent_timesteps --gradual_latent_ratio --gradual_latent_ratio_step "
@@ -346,6 +388,8 @@ _SCRIPT = Script(
         "Several ControlNets act in the same steps, and what they add is summed; sd-scripts takes turns between them. "
         "`--guide_image_path` is one picture for all of them, or one for each; each is cut to `--W` and `--H`. Edges "
         "are found in the colours, not in grey. Files that hold only a difference from a model are refused.",
+        "With `--highres_fix_scale` both passes have the same seed, where sd-scripts adds 1 for the second; `--w`, "
+        "`--h`, `--s` and `--t` in a prompt are refused then, for they would be of the first pass.",
         "Files are `00001-SEED.png`, with `--sequential_file_name` `im_00001.png`; numbers go on after the highest "
         "that is there, and nothing is replaced. Their text is what WebUI reads, with the hashes of model and LoRAs.",
     ),

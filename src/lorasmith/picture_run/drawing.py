@@ -1,6 +1,6 @@
 """Pictures drawn with a base model, grouped so that what can be drawn at once is."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,10 +22,11 @@ from lorasmith.memory import is_out_of_memory, set_attention
 from lorasmith.models.base import LatentDiffusion, ModelFacts
 from lorasmith.models.embeddings import Embeddings
 from lorasmith.picture_run.controls import Controls
+from lorasmith.picture_run.highres import Highres, fitted
 from lorasmith.picture_run.loras import Loras
 from lorasmith.picture_run.pictures import Picture
 from lorasmith.picture_run.thrift import Thrift
-from lorasmith.sampling import Beginning, Drawing, Perturbation, Wish, draw
+from lorasmith.sampling import Beginning, Drawing, Perturbation, Wish, draw, draw_latents
 from lorasmith.speed import compile_denoiser, telling_of_compiler, use_channels_last
 
 
@@ -106,6 +107,7 @@ def drawn(
     is_folded: bool = False,
     source: Source | None = None,
     controls: Controls | None = None,
+    highres: Highres | None = None,
 ) -> Iterator[tuple[Picture, Image.Image]]:
     """Yield each picture when it is drawn, in their order.
 
@@ -113,6 +115,7 @@ def drawn(
         is_folded: LoRAs are folded into the weights while they are used, not attached; with `compile` they always are.
         source: None: pictures are drawn from noise alone.
         controls: loaded ones.
+        highres: None: there is no second pass.
     """
     thrift = Thrift(cfg, model)
     layers = perturbed_attention.chosen(model.self_attentions, cfg.pag_layers)
@@ -126,21 +129,18 @@ def drawn(
                 acting = [] if controls is None else controls.at(size)
                 while rest:
                     batch = rest[: thrift.batch_size]
-                    work = partial(
-                        _draw,
-                        model,
-                        batch,
-                        seeds=[one.seed for one in batch],
-                        size=size,
-                        steps=steps,
-                        guidance=guidance,
-                        sampler=sampler,
-                        sigmas=cfg.sigmas,
-                        rescale=cfg.guidance_rescale,
-                        beginning=beginning,
-                        perturbation=perturbation,
-                        controls=acting,
-                    )
+                    common = {
+                        "seeds": [one.seed for one in batch],
+                        "guidance": guidance,
+                        "sampler": sampler,
+                        "sigmas": cfg.sigmas,
+                        "rescale": cfg.guidance_rescale,
+                        "perturbation": perturbation,
+                    }
+                    first = {"size": size, "steps": steps, "beginning": beginning, "controls": acting}
+                    work = partial(_draw, model, batch, **common, **first)
+                    if highres is not None:
+                        work = partial(_draw_twice, model, batch, highres, controls, first, common)
                     if (found := thrift.tried(len(batch), work)) is not None:
                         rest = rest[len(batch) :]
                         yield from zip(batch, found, strict=True)
@@ -151,10 +151,27 @@ def _draw(model: LatentDiffusion, batch: Sequence[Picture], **settings: Any) -> 
         return draw(model, _wishes(model, batch), **settings)
 
 
+def _draw_twice(
+    model: LatentDiffusion,
+    batch: Sequence[Picture],
+    highres: Highres,
+    controls: Controls | None,
+    first: Mapping[str, Any],
+    common: Mapping[str, Any],
+) -> list[Image.Image]:
+    size = highres.size(first["size"])
+    with telling_of_compiler():
+        wishes = _wishes(model, batch)
+        latents = draw_latents(model, wishes, **first, **common)
+        second = {"size": size, "steps": highres.steps(first["steps"])}
+        acting = [] if controls is None else controls.at(size)
+        beginning = highres.beginning(model, latents, size)
+        return draw(model, wishes, **second, **common, beginning=beginning, controls=acting)
+
+
 def _beginning(model: LatentDiffusion, source: Source, size: Size, denoise: float) -> Beginning:
     """Return what to draw on from: the picture made as large as is needed, and what is too much cut off its sides."""
-    fitted = ImageOps.fit(source.picture.convert("RGB"), size, Image.Resampling.LANCZOS)
-    pixels = torch.from_numpy(np.asarray(fitted, dtype=np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
+    pixels = fitted(source.picture, size)
     if source.mask is None:
         return Beginning(model.encode_image(pixels), denoise)
     latent_size = (size[0] // model.latent_factor, size[1] // model.latent_factor)
