@@ -173,14 +173,14 @@ def test_what_is_the_same_is_drawn_once(draw: Callable[..., Path], loras: Path) 
 
 
 def test_a_file_of_prompts_and_a_config_file(draw: Callable[..., Path], loras: Path, tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("ein Kätzchen 猫 --s 1\na dog --n bad\n", encoding="utf-8")
+    (tmp_path / "prompts.txt").write_text("ein Kätzchen 猫 --s 1 --n bad\na dog --n bad\n", encoding="utf-8")
     values = {"lora": [str(loras / "robot-9.safetensors")], "prompts": str(tmp_path / "prompts.txt"), "seeds": [3, 1]}
     (tmp_path / "grid.toml").write_text("\n".join(f"{key} = {json.dumps(value)}" for key, value in values.items()))
     folder = draw("grid", "--config", tmp_path / "grid.toml")
     assert {parsed(text_of(path))["Steps"] for path in folder.glob("cells/01-*")} == {"1"}
     assert [name[:4] for name in cells(folder)] == ["01-1"] * 2 + ["01-3"] * 2 + ["02-1"] * 2 + ["02-3"] * 2
     page = (folder / "index.html").read_text(encoding="utf-8")
-    assert "ein Kätzchen 猫 · steps 1" in page and page.index("seed 3<") < page.index("seed 1<")
+    assert ">ein Kätzchen 猫 · steps 1<" in page and ">a dog<" in page and page.index("seed 3<") < page.index("seed 1<")
 
 
 def test_a_sheet_that_would_be_too_large_is_told(

@@ -214,12 +214,13 @@ def _names(cfg: GridConfig, given: Sequence[Prompt], files: Sequence[Path]) -> d
     """Return the names of all axes' values."""
     has_own_seeds = any(prompt.seeds for prompt in given)
     seeds = cfg.seeds if len(cfg.seeds) > 1 else range(cfg.seeds[0], cfg.seeds[0] + cfg.images)
+    differing = {name for name in vars(given[0]) if len({vars(prompt)[name] for prompt in given}) > 1} - {"text"}
     texts = {
         "seed": [f"picture {place}" if has_own_seeds else f"seed {seed}" for place, seed in enumerate(seeds, 1)],
         "strength": [f"strength {_number(strength)}" for strength in cfg.strengths],
     }
     return {
-        "prompt": [Label(_asked(prompt), f"prompt {place}") for place, prompt in enumerate(given, 1)],
+        "prompt": [Label(_asked(prompt, differing), f"prompt {place}") for place, prompt in enumerate(given, 1)],
         "lora": [Label(path.stem, f"LoRA {place}") for place, path in enumerate(files, 1)],
         **{axis: [Label(text, text) for text in own] for axis, own in texts.items()},
     }
@@ -237,12 +238,14 @@ def _sheets(cfg: GridConfig, names: Mapping[str, Sequence[Label]]) -> list[Sheet
     return [replace(sheet, title=sheet.title or (Label(title, title),)) for sheet in found]
 
 
-def _asked(prompt: Prompt) -> str:
-    """Return a prompt with what else it says."""
+def _asked(prompt: Prompt, differing: Collection[str]) -> str:
+    """Return a prompt with what else it says, of what not all say alike."""
     said = [
-        f"{name} {value}" for name, value in vars(prompt).items() if name not in ("text", "seeds") and value is not None
+        f"{name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
+        for name, value in vars(prompt).items()
+        if name in differing and value is not None
     ]
-    return " · ".join([prompt.text or _NO_WORDS, *said, *(f"seed {seed}" for seed in prompt.seeds or ())])
+    return " · ".join([prompt.text or _NO_WORDS, *said])
 
 
 def _short(name: str) -> str:
