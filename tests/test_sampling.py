@@ -294,3 +294,29 @@ def test_pixels_become_grey_levels() -> None:
     picture = sampling.to_picture(pixels)
     assert picture.mode == "RGB" and picture.size == (5, 2)
     assert np.asarray(picture)[1, :, 2].tolist() == [0, 0, 128, 255, 255]
+
+
+@pytest.mark.parametrize("sampler", ["euler", "euler_a"])
+def test_noise_is_webuis_with_noise_from_the_cpu(sampler: str) -> None:
+    """Its CPU mode written down: a generator for each picture draws the noise, and then what ancestral steps add.
+
+    The steps are k-diffusion's (Euler's; ancestral: its `get_ancestral_step`). With 4 of them sigmas are the model's
+    own, between which k-diffusion and diffusers interpolate differently.
+    """
+    model: Any = Miniature("epsilon").eval().requires_grad_(False)
+    cond = model.encode_text(["a cat"])
+    wishes = [sampling.Wish([(cond, 1.0)], None)] * 2
+    ours = sampling.draw_latents(model, wishes, seeds=[3, 4], size=(72, 40), steps=4, guidance=1, sampler=sampler)
+    alphas = (1 - model.schedule.betas.double()).cumprod(0)
+    times = [999, 666, 333, 0]
+    sigmas = [*(((1 - alphas) / alphas).sqrt()[times].tolist()), 0.0]
+    for number, seed in enumerate((3, 4)):
+        torch.manual_seed(seed)
+        x = torch.randn(4, 5, 9)[None] * sigmas[0]
+        for time, sigma, after in zip(times, sigmas, sigmas[1:], strict=False):
+            noise = model(x / (sigma**2 + 1) ** 0.5, torch.tensor([time]), cond)
+            up = min(after, (after**2 * (sigma**2 - after**2) / sigma**2) ** 0.5) if sampler == "euler_a" else 0.0
+            x = x + noise * ((after**2 - up**2) ** 0.5 - sigma)
+            if up:
+                x = x + torch.randn(4, 5, 9) * up
+        torch.testing.assert_close(ours[number : number + 1], x, rtol=1e-3, atol=1e-3)
