@@ -116,6 +116,16 @@ def test_convolutions_have_ranks_by_block_too(place: Place) -> None:
     assert all(found[name] == {"I": 1, "M": 4, "O": 2}[block[0]] for name, block in spatial.items())
 
 
+def test_convolutions_have_alphas_by_block_too(place: Place) -> None:
+    numbers = [str(n + 1) for n in range(25)]
+    path = place.train("--train", "unet", "--conv-rank", "2", "--conv-block-alphas", *numbers)
+    stored, tensors = alphas(path), load_file(path)
+    placed = blocks(stored)
+    spatial = {name for name in placed if is_spatial(tensors, name)}
+    assert len(spatial) == 50 and all(stored[name] == BLOCKS.index(placed[name]) + 1 for name in spatial)
+    assert {stored[name] for name in placed.keys() - spatial} == {2}
+
+
 def test_each_block_learns_at_its_own_rate(place: Place) -> None:
     factors = ["0", *["0.5"] * 11, "1", *["2"] * 12]
     even, uneven = (

@@ -22,8 +22,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     ("options", "shares"),
     [
         (["--lr-schedule", "linear", "--lr-min-ratio", 0.5], [1, 0.875, 0.75, 0.625]),
+        (["--lr-schedule", "linear", "--lr-warmup-steps", 2], [0, 0.5, 1, 0.5]),
+        (["--lr-schedule", "cosine"], [1, 0.853553, 0.5, 0.146447]),
         (["--lr-schedule", "cosine_restarts"], [1, 0.5, 1, 0.5]),
-        (["--lr-schedule", "cosine_restarts", "--lr-cycles", 1], [1, 0.853553, 0.5, 0.146447]),
+        (["--lr-schedule", "cosine_restarts", "--lr-cycles", 4], [1, 1, 1, 1]),
         (["--lr-schedule", "polynomial"], [1, 0.5625, 0.25, 0.0625]),
         (["--lr-schedule", "polynomial", "--lr-power", 1], [1, 0.75, 0.5, 0.25]),
         (["--lr-schedule", "inverse_sqrt", "--lr-timescale", 1], [1, 0.707107, 0.577350, 0.5]),

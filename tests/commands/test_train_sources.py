@@ -112,6 +112,26 @@ def test_the_same_pictures_give_the_same_bytes_from_every_source(base: Path, tmp
     assert len(set(made.values())) == 1, {name: hash(data) for name, data in made.items()}
 
 
+def test_columns_and_split_are_those_that_are_named(base: Path, tmp_path: Path) -> None:
+    """Everything else in the table is of other pictures and words."""
+    places = {name: tmp_path / name / "pictures" for name in ("folder", "table")}
+    for place in places.values():
+        place.mkdir(parents=True)
+    as_folder(places["folder"])
+    images = [{"bytes": data, "path": name} for name, data in PIXELS.items()]
+    right = {"photo": images, "title": list(TEXTS.values())}
+    wrong = {"photo": [images[0]] * 3, "title": ["something else"] * 3}
+    for split, own in (("train", wrong), ("validation", right)):
+        rows = datasets.Dataset.from_dict({**own, "image": [images[1]] * 3, "text": ["something else"] * 3})
+        typed = rows.cast_column("image", datasets.Image()).cast_column("photo", datasets.Image())
+        typed.to_parquet(places["table"] / f"{split}.parquet", batch_size=100)
+    named = ["--image-column", "photo", "--caption-column", "title", "--dataset-split", "validation"]
+    for name, options in (("folder", []), ("table", named)):
+        code, _, errors = run(words(base, places[name], tmp_path / f"{name}-out", *RULES, *options))
+        assert code == 0, errors
+    assert lora(tmp_path / "table-out") == lora(tmp_path / "folder-out")
+
+
 @pytest.mark.parametrize("make", [as_parquet, as_shards])
 def test_the_embedded_model_learns_from_every_source(tmp_path: Path, make: Any) -> None:
     (tmp_path / "pictures").mkdir()
