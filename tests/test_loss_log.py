@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorasmith.loss_log import LossLog
+from lorasmith.loss_log import LossLog, read_log
 
 
 def steps_in(path: Path) -> list[int]:
@@ -77,3 +77,12 @@ def test_a_block_of_zeros_that_a_power_cut_left_is_dropped(tmp_path: Path) -> No
     path.write_bytes(whole + bytes(50) + b"\n")
     LossLog(path, done=3).close()
     assert path.read_bytes() == whole
+
+
+def test_its_number_may_have_another_name(tmp_path: Path) -> None:
+    log = LossLog(tmp_path / "pictures.jsonl", done=0, name="score")
+    log.append(1, 0.5, likeness=0.25)
+    log.close()
+
+    assert read_log(tmp_path / "pictures.jsonl") == [{"step": 1, "score": 0.5, "likeness": 0.25}]
+    assert LossLog(tmp_path / "pictures.jsonl", done=1, name="score").losses == [(1, 0.5)]

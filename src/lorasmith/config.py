@@ -684,10 +684,20 @@ class ValidationSection(Section):
         "end it is always measured.",
     )
     keep_best: PositiveInt | None = Field(
-        default=None, description="Keep the n LoRAs with which the held-out pictures' loss was lowest."
+        default=None,
+        description="Keep the n LoRAs with which the held-out pictures' loss was lowest, or as best_by says.",
     )
     stop_early: PositiveInt | None = Field(
-        default=None, description="End the run when this loss has not become lower in n measurements."
+        default=None, description="End the run when this has not become better in n measurements."
+    )
+    best_by: Literal["loss", "pictures"] = Field(
+        default="loss",
+        description="What keep_best and stop_early go by: the held-out pictures' loss, or the judge's score of the "
+        "samples (docs/judge.md).",
+    )
+    judge: PlaceOrHubId | None = Field(
+        default=None,
+        description="What scores the samples for best_by = pictures: folder or hub id of a CLIP or DINO, or `demo`.",
     )
 
 
@@ -855,7 +865,8 @@ def contradictions(cfg: TrainConfig) -> list[str]:
         *optimizer.model_dump(exclude_defaults=True, include=_OF_ADAPTERS_RATES),
     ]
     uploads = _changed(cfg.save, "upload_public", "upload_folder", "upload_saves", "upload_states")
-    of_held_out = list(cfg.validation.model_dump(exclude_defaults=True, exclude={"validation_split"}))
+    of_held_out, samples = options_of_held_out(cfg.validation), cfg.samples
+    is_by_pictures = cfg.validation.best_by == "pictures"
     checks = {
         f"dataset_config names folders and captions by itself, but {' and '.join(in_file)} "
         f"{'is' if len(in_file) == 1 else 'are'} given too; leave out one or the other": data.dataset_config
@@ -963,6 +974,21 @@ def contradictions(cfg: TrainConfig) -> list[str]:
         f"{'it' if len(uploads) == 1 else 'them'} out": (uploads and not cfg.save.upload and not cfg.resume),
         "project and run_name are for trackers, but trackers, which of them, is missing; give it, or leave the other "
         "out": ((cfg.log.run_name or _is_changed(cfg.log, "project")) and not cfg.log.trackers and not cfg.resume),
+        "judge scores the samples for best_by = pictures, which is left out; give both, or leave judge out": (
+            cfg.validation.judge and not is_by_pictures and not cfg.resume
+        ),
+        "best_by = pictures needs judge, what scores them; give a CLIP or DINO with it": (
+            is_by_pictures and cfg.validation.judge is None and not cfg.resume
+        ),
+        "best_by says what keep_best and stop_early go by; give one of these, or leave it out": (
+            is_by_pictures and not (cfg.validation.keep_best or cfg.validation.stop_early) and not cfg.resume
+        ),
+        "best_by = pictures scores the samples, but sample_every_steps and sample_every_epochs are left out; give one "
+        "of them": (
+            is_by_pictures and not (samples.sample_every_steps or samples.sample_every_epochs) and not cfg.resume
+        ),
+        "best_by = pictures compares with samples of the untrained model, but before_after and at_first are off; give "
+        "one of them": is_by_pictures and not (samples.before_after or samples.at_first) and not cfg.resume,
         "resume goes on with a run, but overwrite starts afresh; leave out one of them": (
             cfg.resume and cfg.save.overwrite
         ),
@@ -973,6 +999,14 @@ def contradictions(cfg: TrainConfig) -> list[str]:
         ),
     }
     return [message for message, is_wrong in checks.items() if is_wrong]
+
+
+def options_of_held_out(validation: ValidationSection) -> list[str]:
+    """Return the options that are given and mean nothing without held-out pictures."""
+    others = {"validation_split", "best_by", "judge"}
+    if validation.best_by == "pictures":
+        others |= {"keep_best", "stop_early"}
+    return list(validation.model_dump(exclude_defaults=True, exclude=others))
 
 
 def _loss_contradictions(loss: LossSection) -> list[str]:

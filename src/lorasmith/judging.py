@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from PIL import Image
 from torch import Tensor
@@ -10,6 +11,8 @@ from lorasmith import picture_scores
 from lorasmith.picture_judges import Judge
 from lorasmith.picture_scores import Reference, Scores
 
+Thing = TypeVar("Thing")
+_MOST_PICTURES = 500  # training pictures that are looked at
 NAMES = ("likeness", "adherence", "diversity", "copying", "damage")
 _MEANS = {  # of a share of 0
     "likeness": "its pictures are no more like the training pictures than the base model's",
@@ -40,6 +43,11 @@ class Seen:
         return [self.features[[one == prompt for one in self.prompts]] for prompt in prompts]
 
 
+def at_most(training: Sequence[Thing]) -> Sequence[Thing]:
+    """Return the training pictures to look at: all, or 500 at most, evenly spread."""
+    return training[:: -(-len(training) // _MOST_PICTURES)]
+
+
 class Bench:
     """A judge that knows the training pictures, and so can score others.
 
@@ -49,7 +57,7 @@ class Bench:
 
     def __init__(self, judge: Judge, training: Iterable[Image.Image]) -> None:
         self._judge, self._training = judge, judge.embed(training)
-        self.spacing = picture_scores.spacing(self._training)
+        self.spacing, self.variety = picture_scores.spacing(self._training), picture_scores.variety(self._training)
 
     def look(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> Seen:
         """Look at pictures of these prompts, at least one."""
@@ -82,7 +90,7 @@ class Bench:
         """Return what a LoRA's scores are compared with: the base model's pictures, and those of unrelated prompts."""
         return Reference(
             self.scores(base, unrelated and (unrelated, unrelated)),
-            picture_scores.variety(self._training),
+            self.variety,
             unrelated and picture_scores.between(unrelated.by_prompt()),
         )
 

@@ -10,20 +10,23 @@ class LossLog:
     """Appends `{"step": 1, "loss": 0.1, "lr": 0.0001}` lines; steps count from 1.
 
     Opened for a resumed run, lines of later steps are dropped first, so that each step stands once.
+
+    Args:
+        name: what the number is called in a line.
     """
 
-    def __init__(self, path: Path, *, done: int) -> None:
+    def __init__(self, path: Path, *, done: int, name: str = "loss") -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [(step, line) for step, line in _lines(path) if step <= done]
         temporary = path.with_suffix(".partial")
         temporary.write_text("".join(line for _, line in kept), encoding="utf-8")
         os.replace(temporary, path)
-        self._file = path.open("a", encoding="utf-8", buffering=1)
-        self.losses: list[tuple[int, float]] = [(step, json.loads(line)["loss"]) for step, line in kept]
+        self._file, self._name = path.open("a", encoding="utf-8", buffering=1), name
+        self.losses: list[tuple[int, float]] = [(step, json.loads(line)[name]) for step, line in kept]
 
     def append(self, step: int, loss: float, **facts: Any) -> None:
         """Write a line; `facts` are further values that JSON can hold, such as lr, the learning rate."""
-        self._file.write(json.dumps({"step": step, "loss": loss, **facts}) + "\n")
+        self._file.write(json.dumps({"step": step, self._name: loss, **facts}) + "\n")
         self.losses.append((step, loss))
 
     def close(self) -> None:

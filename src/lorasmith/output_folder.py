@@ -36,6 +36,10 @@ class OutputFolder:
         return self.path / "logs" / "validation.jsonl"
 
     @property
+    def picture_log(self) -> Path:
+        return self.path / "logs" / "pictures.jsonl"
+
+    @property
     def tensorboard(self) -> Path:
         return self.path / "logs" / "tensorboard"
 

@@ -29,6 +29,11 @@ _ON_VALIDATION = (
     "other still falls, the pictures are being learned by heart, and an earlier file may be the better one."
 )
 
+_SCORES = ("likeness", "adherence", "diversity", "copying")
+_ON_SCORES = (
+    "By the judge, beside the training pictures and what the untrained model draws (step 0), whose score is 0. Higher "
+    "is better, but for copying; a rule of thumb: look at the samples."
+)
 _RATES = '<h2>Learning rate</h2><img src="rates.svg" alt="learning rate over steps">\n'
 _NUM_NAMED, _NUM_LISTED = 8, 30  # held-out pictures named in the chart, and in the table
 
@@ -41,6 +46,7 @@ class ReportContents:
     before, after: pictures of `prompts` without and with the LoRA, in their order. norms: module name -> Frobenius
     norm of its delta, where that is known. files: (file name, what it is for). validation: (step, loss) of the
     held-out pictures.
+    scores: of the samples, a line for each moment with its `step`, `score` and what this is made of.
     pictures: (step, loss) of each of these, by its name. rates: (step, learning rate) of what learns at it, by name.
     """
 
@@ -52,6 +58,7 @@ class ReportContents:
     files: Sequence[tuple[str, str]]
     validation: Sequence[tuple[int, float]] = field(default_factory=list)
     pictures: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
+    scores: Sequence[Mapping[str, float]] = field(default_factory=list)
     rates: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
     prompts: Sequence[str] = field(default_factory=list)
     before: Sequence[Image.Image] = field(default_factory=list)
@@ -210,7 +217,7 @@ def _page(contents: ReportContents) -> str:
 <h1>{html.escape(contents.title)}</h1>
 {"".join(f"<p>{html.escape(line)}</p>" for line in contents.summary)}
 <h2>Which file to use where</h2>{_table(contents.files)}
-{samples}
+{samples}{_scores(contents.scores)}
 <h2>Loss</h2>
 <p>{_ON_LOSSES}{_ON_VALIDATION if contents.validation else ""}</p>
 <img src="loss.png" alt="loss over steps">
@@ -218,6 +225,17 @@ def _page(contents: ReportContents) -> str:
 <h2>Settings</h2><div class="settings">{"".join(_section(*section) for section in contents.settings.items())}</div>
 </body></html>
 """
+
+
+def _scores(lines: Sequence[Mapping[str, float]]) -> str:
+    if not lines:
+        return ""
+    names = [name for name in ("score", *_SCORES) if name in lines[-1]]
+    rows = [
+        (f"step {line['step']}", ", ".join(f"{name} {line[name]:.3f}" for name in names if name in line))
+        for line in lines
+    ]
+    return f"<h2>Scores of the samples</h2><p>{_ON_SCORES}</p>{_table(rows)}\n"
 
 
 def _held_out(pictures: Mapping[str, Sequence[tuple[int, float]]]) -> str:

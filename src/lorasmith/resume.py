@@ -24,7 +24,7 @@ CHANGEABLE = {
     "prompts", "at_first", "sampler",
     "sample_every_steps", "sample_every_epochs", "before_after", "negative", "sample_size", "sample_steps",
     "guidance", "sample_seed", "tensorboard", "progress", "validate_every_epochs", "validate_every_steps",
-    "keep_best", "stop_early", "trackers", "project", "run_name", "upload", "upload_public",
+    "keep_best", "stop_early", "judge", "trackers", "project", "run_name", "upload", "upload_public",
     "upload_folder", "upload_saves", "upload_states",
 }  # fmt: skip
 

@@ -26,7 +26,7 @@ from lorasmith.data.labelling import find_pictures
 from lorasmith.demo import COLORS, MASCOT, THINGS
 from lorasmith.errors import UserError
 from lorasmith.judge_page import Row, Shown, judge_page, score_table
-from lorasmith.judging import Bench, Candidate, Seen, recommend
+from lorasmith.judging import Bench, Candidate, Seen, at_most, recommend
 from lorasmith.merging import Strength
 from lorasmith.models.base import ModelFacts
 from lorasmith.picture_files import PictureFolder, parameters
@@ -55,7 +55,6 @@ _UNRELATED_OF_DEMO = [
     f"a {color} {thing} on a {ground} background"
     for thing, color, ground in zip(THINGS[:8], list(COLORS)[:8], list(COLORS)[2:], strict=True)
 ]
-_MOST_PICTURES = 500  # training pictures that are looked at; of more, so many at most, evenly spread
 _NUM_NEAREST = 4
 
 
@@ -175,7 +174,7 @@ def _training_pictures(cfg: JudgeConfig) -> list[Path]:
     """
     assert cfg.pictures is not None
     found, _ = find_pictures(cfg.pictures, recursive=True)
-    found = found[:: -(-len(found) // _MOST_PICTURES)]
+    found = list(at_most(found))
     _, unreadable = probe_readable(found)
     if unreadable:
         raise unreadable[0]

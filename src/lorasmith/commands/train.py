@@ -23,10 +23,11 @@ from lorasmith.training_run.encoding import kept_captions, makers_of, trains_tex
 from lorasmith.training_run.loading import build_dataset, build_network, load_model
 from lorasmith.training_run.objective import objective_of
 from lorasmith.training_run.page import describe_plan
-from lorasmith.training_run.preparation import Preparation, prepare, require_options
+from lorasmith.training_run.preparation import Preparation, output_folder, prepare, require_options
 from lorasmith.training_run.prior import before_drawing, draw_prior_pictures, missing_prior_pictures, to_draw_note
 from lorasmith.training_run.regularizing import regularizers_of
 from lorasmith.training_run.resuming import merged_options, run_folder
+from lorasmith.training_run.scoring import check_same, load_bench
 from lorasmith.training_run.session import Session
 from lorasmith.training_state import find_state, load_state
 from lorasmith.weight_average import WeightAverage
@@ -81,6 +82,11 @@ def _session(cfg: TrainConfig, ready: Preparation, processes: Processes) -> Sess
     make_deterministic(device)
     if processes.is_main and cfg.log.progress:
         print(f"loading {cfg.model.base}", flush=True)
+    bench = None
+    if processes.is_main and ready.judge is not None:
+        bench = load_bench(ready.judge, ready.records, device)
+        if state is not None:
+            check_same(output_folder(cfg).picture_log, bench, ready.drawings)
     model = load_model(cfg, ready, device)
     if cfg.loss.zero_terminal_snr:
         model.schedule = model.schedule.with_zero_terminal_snr()
@@ -118,4 +124,4 @@ def _session(cfg: TrainConfig, ready: Preparation, processes: Processes) -> Sess
         stepper.scaler.load_state_dict(state.scaler)
         if average is not None and state.average is not None:
             average.load_state_dict(state.average)
-    return Session(cfg, ready, processes, model, network, optimizer, stepper, average, stores)
+    return Session(cfg, ready, processes, model, network, optimizer, stepper, average, stores, bench)

@@ -32,6 +32,7 @@ from lorasmith.training_run.own_words import own_word_lines
 from lorasmith.training_run.preparation import Preparation, one_or_each, output_folder
 from lorasmith.training_run.rates import PART_TITLES, average_lines, rate_lines
 from lorasmith.training_run.samples import sample_lines
+from lorasmith.training_run.scoring import judge_lines
 
 _ENCODED_TITLES: dict[Encoded, str] = {"latents": "latents", "text": "text embeddings"}
 
@@ -88,7 +89,10 @@ def describe_plan(cfg: TrainConfig, ready: Preparation, processes: Processes) ->
         "output": [
             f"{output_folder(cfg).last()}{f' (going on from step {ready.state.facts.step})' if ready.state else ''}"
         ],
-        "samples": sample_lines(ready.drawings),
+        "samples": [
+            *sample_lines(ready.drawings),
+            *judge_lines(ready.judge, cfg.validation.stop_early, cfg.validation.keep_best),
+        ],
     }
     return plan_page(f"lorasmith {lorasmith.__version__}: the plan", paragraphs)
 

@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from tqdm import tqdm
 
-from lorasmith import config, foreign_network, lr, model_families
+from lorasmith import config, foreign_network, lr, model_families, picture_judges
 from lorasmith.adapters.base import Adapter
 from lorasmith.cache_folder import Say, default_place, open_cache
 from lorasmith.checkpoint import open_checkpoint
@@ -33,6 +33,7 @@ from lorasmith.hub import check_upload
 from lorasmith.models.keys.sd import TITLES
 from lorasmith.network import Network, Rule, adapter_class, check_ranks, group_by_module, part_of
 from lorasmith.output_folder import OutputFolder, check_free
+from lorasmith.picture_judges import Choice
 from lorasmith.processes import Processes
 from lorasmith.sampling import Drawing
 from lorasmith.trackers import require_trackers
@@ -85,6 +86,7 @@ class Preparation:
     cache: Path | None
     say: Say
     thumbnail: str | None  # a `data:` URL
+    judge: Choice | None  # of the samples
 
     @property
     def prompts(self) -> list[str]:
@@ -168,6 +170,7 @@ def prepare(cfg: TrainConfig, processes: Processes, state: State | None) -> Prep
         drawings(cfg.samples, gathered.records, gathered.subsets, datasets[0].resolution),
         words, cached, npz, fingerprint, state, cache_place, say,
         thumbnail_url(cfg.save.thumbnail) if cfg.save.thumbnail else None,
+        picture_judges.find(cfg.validation.judge, "--judge") if cfg.validation.judge else None,
     )  # fmt: skip
 
 
@@ -463,8 +466,9 @@ def _datasets(cfg: TrainConfig, resolution: Size) -> tuple[list[DatasetRules], l
             f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} for regularization pictures, but no subset of "
             f"{data.dataset_config} says is_reg = true; write that, or leave the other out."
         )
-    if not any(one.validation_split for one in file.datasets) and cfg.validation != config.ValidationSection():
-        given = list(cfg.validation.model_dump(exclude_defaults=True))
+    given = list(cfg.validation.model_dump(exclude_defaults=True, include={"validation_split"}))
+    given += config.options_of_held_out(cfg.validation)
+    if given and not any(one.validation_split for one in file.datasets):
         raise UserError(
             f"{' and '.join(given)} {'is' if len(given) == 1 else 'are'} for held-out pictures, but "
             f"validation_split, their share, is missing in {data.dataset_config}; write it, or leave the other out."

@@ -9,6 +9,7 @@ from lorasmith.config import TrainConfig
 from lorasmith.data.places import is_shards
 from lorasmith.errors import UserError
 from lorasmith.output_folder import RUN_FILE
+from lorasmith.picture_judges import DEMO
 from lorasmith.resume import merge_options
 from lorasmith.training_state import find_state
 
@@ -16,7 +17,7 @@ OF_ONE_START: Any = {"resume": True, "save": {"overwrite"}}  # options that a re
 _PLACES = (  # options of a run that name something on the disk, so that it can be gone on with from anywhere
     ("model", "base"), ("model", "vae"), ("model", "embeddings"), ("model", "base_loras"), ("network", "weights"),
     ("data", "images"), ("data", "regularization"), ("data", "captions"), ("data", "masks"),
-    ("data", "dataset_config"), ("data", "npz_dir"), ("save", "thumbnail"),
+    ("data", "dataset_config"), ("data", "npz_dir"), ("save", "thumbnail"), ("validation", "judge"),
 )  # fmt: skip
 
 
@@ -54,7 +55,7 @@ def with_whole_paths(options: dict[str, Any]) -> dict[str, Any]:
     for section, option in _PLACES:
         value = options.get(section, {}).get(option)
         whole = [os.path.abspath(one) if os.path.exists(one) or is_shards(one) else one for one in _listed(value)]
-        if whole:
+        if whole and (option, value) != ("judge", DEMO):
             options[section][option] = whole if isinstance(value, list) else whole[0]
     return options
 

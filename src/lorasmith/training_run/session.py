@@ -1,16 +1,17 @@
 """One start of a run: the loop, and what is written on the way."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from lorasmith import config
-from lorasmith.best_steps import best_steps, has_stalled
+from lorasmith.best_steps import Losses, best_steps, has_stalled
 from lorasmith.cache_folder import Store
 from lorasmith.caching import (
     Encoded,
@@ -24,6 +25,7 @@ from lorasmith.foreign_network import AnyNetwork
 from lorasmith.formats import kohya
 from lorasmith.hub import upload
 from lorasmith.interrupt import StopRequest
+from lorasmith.judging import Bench
 from lorasmith.loss_log import LossLog, read_log
 from lorasmith.memory import lent
 from lorasmith.model_card import write_card
@@ -41,6 +43,7 @@ from lorasmith.training_run.about import file_advice, file_metadata, now
 from lorasmith.training_run.preparation import Preparation, output_folder
 from lorasmith.training_run.rates import rate_curves
 from lorasmith.training_run.resuming import OF_ONE_START, with_whole_paths
+from lorasmith.training_run.scoring import SampleScores
 from lorasmith.training_run.sharing import model_card_of, run_id, shared_options
 from lorasmith.training_run.uploading import RunUploads, target_of
 from lorasmith.training_state import (
@@ -70,17 +73,19 @@ class Session:
         stepper: Stepper,
         average: WeightAverage | None,
         stores: Mapping[Encoded, Store],
+        bench: Bench | None,
     ) -> None:
         self.cfg, self.ready, self.processes, self.model = cfg, ready, processes, model
         self.network, self.optimizer, self.stepper, self.stores = network, optimizer, stepper, stores
-        self.average = average
+        self.average, self.bench = average, bench
         self.folder, self.state = output_folder(cfg), ready.state
         self.started_at = now() if self.state is None else self.state.facts.started_at
         self.done = 0 if self.state is None else self.state.facts.step
         self.losses: LossLog | None = None
         self.validation_losses: LossLog | None = None
-        self.has_stalled = False  # whether the held-out pictures' loss went down too long ago
+        self.has_stalled = False  # whether what is measured became better too long ago
         self.samples: SamplesFolder | None = None
+        self.scores: SampleScores | None = None
         self.trackers: Trackers | None = None
         self.uploads: RunUploads | None = None
 
@@ -100,6 +105,7 @@ class Session:
             with together():
                 if self.state is not None:
                     self._catch_up()
+            self._agree_on_stalling()
             stop = stack.enter_context(StopRequest(_STOPPING if is_main else ""))
             try:
                 is_stopped = self._loop(dataset, stop)
@@ -136,6 +142,7 @@ class Session:
                 with processes.together():
                     if result.stop_signal is None:
                         self._save_and_draw_when_due(progress.say)
+                self._agree_on_stalling()
                 if result.stop_signal is not None:
                     stop.signal_number = result.stop_signal  # maybe another process's
                     return self.done < total
@@ -180,14 +187,32 @@ class Session:
             names = short_names([self.ready.records[index].path for index in losses])
             log.append(self.done, measured.loss, pictures=dict(zip(names, losses.values(), strict=True)))
             self._track({"loss/validation": measured.loss})
+        return options.best_by == "loss" and self._keep_best(log.losses)
+
+    def _judge_samples(self, pictures: Sequence[Image.Image]) -> None:
+        """Have the samples scored, where that is asked for, and keep the LoRA if it is one of the best."""
+        if self.scores is None:
+            return
+        found = self.scores.add(self.done, pictures)
+        self._track({f"pictures/{name}": value for name, value in found.items()})
+        self.has_stalled = self._keep_best(self.scores.losses)
+
+    def _agree_on_stalling(self) -> None:
+        """Let all processes know what process 0 has found, which alone draws and judges."""
+        if self.ready.judge is not None:
+            self.has_stalled = self.processes.sums([float(self.has_stalled)]) != [0.0]
+
+    def _keep_best(self, losses: Losses) -> bool:
+        """Keep the LoRA if it is one of the best, and these alone; return whether to stop early."""
+        options = self.cfg.validation
         if options.keep_best is not None:
-            best = best_steps(log.losses, options.keep_best)
+            best = best_steps(losses, options.keep_best)
             if self.done in best:
                 self._save_lora(self.folder.best(self.done))
             for step, path in self.folder.saved_best().items():
                 if step not in best:
                     path.unlink()
-        return options.stop_early is not None and has_stalled(log.losses, options.stop_early)
+        return options.stop_early is not None and has_stalled(losses, options.stop_early)
 
     def _way_on(self) -> str:
         """Name the last whole state and the command that goes on from it more carefully; "" if there is none.
@@ -241,8 +266,11 @@ class Session:
             if not path.exists():
                 self._save_lora(path)
                 self.uploads.take_lora(path)
-        if self._are_samples_due() and not self.samples.has(self.done):
-            self._draw()
+        if self._are_samples_due():
+            if self.samples.has(self.done):
+                self._judge_samples(self.samples.pictures(self.done))
+            else:
+                self._draw()
 
     def _due_saves(self) -> list[Path]:
         """Return the LoRAs to save after this step."""
@@ -303,8 +331,9 @@ class Session:
         page = write_report(self.folder.report, self._report(path, norms))
         if self.has_stalled:
             print(
-                f"\nstopped after step {self.done} of {self.ready.total_steps}: the held-out pictures' loss has not "
-                f"gone down in the last {self.cfg.validation.stop_early} measurements (--stop-early)"
+                f"\nstopped after step {self.done} of {self.ready.total_steps}: "
+                + ("the held-out pictures' loss has not gone down" if self.scores is None else "no score has gone up")
+                + f" in the last {self.cfg.validation.stop_early} measurements (--stop-early)"
             )
         print(f"\nthe LoRA: {path}")
         for name, kind in self._best():
@@ -334,12 +363,12 @@ class Session:
     def _best(self) -> list[tuple[str, str]]:
         """Return the best file of those that --keep-best kept, and what it is."""
         losses = [] if self.validation_losses is None else self.validation_losses.losses
+        if self.scores is not None:
+            losses = self.scores.losses
         kept = self.folder.saved_best() if self.cfg.validation.keep_best else {}
         best = [step for step in best_steps(losses, 1) if step in kept]
-        return [
-            (kept[step].name, f"the lowest loss of held-out pictures, {dict(losses)[step]:.4f} after step {step}")
-            for step in best
-        ]
+        kind = "the lowest loss of held-out pictures" if self.scores is None else "the highest score of samples"
+        return [(kept[step].name, f"{kind}, {abs(dict(losses)[step]):.4f} after step {step}") for step in best]
 
     def _open_folder(self, stack: ExitStack) -> None:
         if self.state is None and (aside := move_aside(self.folder)) is not None:
@@ -356,6 +385,9 @@ class Session:
         self.samples = SamplesFolder(
             self.folder.samples, [asdict(drawing) for drawing in self.ready.drawings], done=self.done
         )
+        if self.bench is not None:
+            self.scores = SampleScores(self.folder.picture_log, self.bench, self.ready.drawings, done=self.done)
+            stack.callback(self.scores.close)
         self.uploads = RunUploads(self.cfg.save, self.folder)
         stack.callback(self.uploads.close)
         log = self.cfg.log
@@ -433,6 +465,7 @@ class Session:
         self.samples.add(self.done, pictures)
         assert self.trackers is not None
         self.trackers.show(pictures, self.done)
+        self._judge_samples(pictures)
 
     def _report(self, path: Path, norms: Mapping[str, float]) -> ReportContents:
         assert self.losses is not None
@@ -453,6 +486,7 @@ class Session:
             norms=norms,
             files=[*file_advice(path, self.folder, self.ready.facts), *self._best()],
             pictures=self._picture_losses(),
+            scores=[] if self.scores is None else self.scores.lines,
             prompts=self.ready.prompts if after else [],
             before=before,
             after=after,
