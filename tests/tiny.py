@@ -32,6 +32,7 @@ def write_tiny(
     width: int = 32,
     resolution: int | None = None,
     dtype: torch.dtype = torch.float32,
+    is_inpainting: bool = False,
 ) -> Path:
     """Write a random model and return its path.
 
@@ -42,7 +43,9 @@ def write_tiny(
             cannot say.
         resolution: native pixels on a side, where the file says so.
     """
-    unet, vae, text = build_tiny(family, seed=seed, width=width, resolution=resolution or 64)
+    unet, vae, text = build_tiny(
+        family, seed=seed, width=width, resolution=resolution or 64, is_inpainting=is_inpainting
+    )
     if layout == "diffusers":
         write_folder(path, unet, vae, text, prediction)
         return path
@@ -57,11 +60,13 @@ def write_tiny(
 
 
 def build_tiny(
-    family: str = "sd1", *, seed: int = 0, width: int = 32, resolution: int = 64
+    family: str = "sd1", *, seed: int = 0, width: int = 32, resolution: int = 64, is_inpainting: bool = False
 ) -> tuple[UNet2DConditionModel, AutoencoderKL, CLIPTextModel]:
     """Return the U-Net, VAE and text encoder of a random model."""
     widths = (width, 2 * width, 3 * width, 3 * width)
-    unet, vae, text = make_empty(family, widths, widths, _TEXT_WIDTH[family], min(32, width), resolution)
+    unet, vae, text = make_empty(
+        family, widths, widths, _TEXT_WIDTH[family], min(32, width), resolution, inputs=9 if is_inpainting else 4
+    )
     generator = torch.Generator().manual_seed(seed)
     for part in (unet, vae, text):
         _fill(part, generator)
@@ -84,6 +89,7 @@ def make_empty(
     text_width: int,
     groups: int = 32,
     resolution: int = 512,
+    inputs: int = 4,
 ) -> tuple[UNet2DConditionModel, AutoencoderKL, CLIPTextModel]:
     """Return U-Net, VAE and text encoder of Stable Diffusion's structure and these widths, on the meta device."""
     make_unet: Any = UNet2DConditionModel
@@ -91,7 +97,8 @@ def make_empty(
     make_config: Any = CLIPTextConfig
     with torch.device("meta"):
         unet = make_unet(
-            sample_size=resolution // 8, in_channels=4, out_channels=4, block_out_channels=widths, layers_per_block=2,
+            sample_size=resolution // 8, in_channels=inputs, out_channels=4, block_out_channels=widths,
+            layers_per_block=2,
             down_block_types=(*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"),
             up_block_types=("UpBlock2D", *["CrossAttnUpBlock2D"] * 3),
             cross_attention_dim=text_width, norm_num_groups=groups, use_linear_projection=family == "sd2",

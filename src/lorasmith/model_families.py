@@ -37,6 +37,7 @@ def describe(
     prediction: str | None = None,
     vae: str | None = None,
     to_run: bool = True,
+    may_inpaint: bool = False,
 ) -> ModelFacts:
     """Return what a base model's header says of it.
 
@@ -45,12 +46,14 @@ def describe(
         prediction: `epsilon` or `v_prediction` as the user says; None: nothing was said.
         vae: a file or folder with another VAE than the model's own.
         to_run: it must be possible to run it: it has a VAE, and takes latents.
+        may_inpaint: to run, an inpainting model will do, which takes more than latents.
 
     Raises:
         UserError: not a base model, of a family that is not supported, not to be run, or contradicting what the user
             says.
     """
-    return _find(checkpoint).describe(checkpoint, v2=v2, prediction=prediction, vae=vae, to_run=to_run)
+    family = _find(checkpoint)
+    return family.describe(checkpoint, v2=v2, prediction=prediction, vae=vae, to_run=to_run, may_inpaint=may_inpaint)
 
 
 def target_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
@@ -62,13 +65,18 @@ def target_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     return _find(checkpoint).target_shapes(checkpoint)
 
 
-def adapter_places(checkpoint: Checkpoint) -> tuple[str, dict[str, AdapterPlace], list[str]]:
+def adapter_places(
+    checkpoint: Checkpoint, *, of_plain_models: bool = False
+) -> tuple[str, dict[str, AdapterPlace], list[str]]:
     """Return the family's name, where the layers that a file may change are in the model's, by saved name, and notes.
+
+    Args:
+        of_plain_models: leave out layers that have another shape in the family's text-to-image models.
 
     Raises:
         UserError: not a base model of a supported family, or an incomplete one.
     """
-    return _find(checkpoint).adapter_places(checkpoint)
+    return _find(checkpoint).adapter_places(checkpoint, of_plain_models=of_plain_models)
 
 
 def block_weights(checkpoint: Checkpoint, numbers: list[float]) -> dict[str, float]:

@@ -161,6 +161,19 @@ class Control:
     share: tuple[float, float]
 
 
+@dataclass(frozen=True)
+class Inpainting:
+    """What an inpainting model is shown beside the latents.
+
+    Args:
+        mask: (1, 1, h, w), 1 where is drawn, 0 where the picture stays.
+        posterior: mean and std of the latents of the picture, which is grey where is drawn, each (1, C, h, w).
+    """
+
+    mask: Tensor
+    posterior: tuple[Tensor, Tensor]
+
+
 def is_in_share(share: tuple[float, float], done: int, steps: int) -> bool:
     """Return whether the step after those done lies in a share of all steps, from where to where."""
     return share[0] <= done / steps and (done + 1) / steps <= share[1]
@@ -250,6 +263,7 @@ def draw_latents(
     rescale: float = 0.0,
     beginning: Beginning | None = None,
     controls: Sequence[Control] = (),
+    inpainting: Inpainting | None = None,
     perturbation: Perturbation | None = None,
     tick: Callable[[float], None] | None = None,
 ) -> Tensor:
@@ -261,6 +275,7 @@ def draw_latents(
         rescale: share of the guided prediction that gets the conditional one's deviation back (arXiv:2305.08891).
         beginning: None: noise alone.
         controls: ControlNets; their shares are of the steps that are drawn.
+        inpainting: None: the model is none for inpainting.
         perturbation: None: no such guidance.
         tick: called with the share of the steps that are done.
     """
@@ -268,10 +283,11 @@ def draw_latents(
     scheduler = make_scheduler(model, sampler_named(sampler), sigmas)
     scheduler.set_timesteps(steps, device=model.device)
     latents, timesteps, blend = _start(model, scheduler, generators, size, steps, beginning)
+    shown = latents[:, :0] if inpainting is None else _shown(model, inpainting, generators, size)
     draws = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
     rows = _rows(wishes, is_perturbed=perturbation is not None)
     for done, t in enumerate(timesteps, start=1):
-        x_t = scheduler.scale_model_input(latents, t)
+        x_t = torch.cat([scheduler.scale_model_input(latents, t), shown], dim=1)
         acting = [control for control in controls if is_in_share(control.share, done - 1, len(timesteps))]
         prediction = _predict(model, x_t, t, wishes, rows, guidance, rescale, acting, perturbation)
         latents = blend(scheduler.step(prediction, t, latents, **draws).prev_sample, done)
@@ -360,6 +376,15 @@ def _noise(model: LatentDiffusion, generators: Sequence[torch.Generator], size: 
     return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
 
+def _shown(
+    model: LatentDiffusion, inpainting: Inpainting, generators: Sequence[torch.Generator], size: tuple[int, int]
+) -> Tensor:
+    """Return what an inpainting model takes behind the latents, (B, 1 + C, h, w)."""
+    mean, std = (part.to(model.device) for part in inpainting.posterior)
+    masked = mean + std * _noise(model, generators, size).to(model.device)
+    return torch.cat([inpainting.mask.to(model.device).expand(len(masked), -1, -1, -1), masked], dim=1)
+
+
 def _start(
     model: LatentDiffusion,
     scheduler: Any,
@@ -441,7 +466,7 @@ def _predict(
     found: dict[_Row, Tensor] = {}
     for own, cond in rows:
         x_own, t_own = x_t[[picture for picture, _ in own]], t.expand(len(own))
-        added = _added(controls, x_own, t_own, cond, [part == _NEGATIVE for _, part in own])
+        added = _added(controls, x_own[:, : model.latent_channels], t_own, cond, [part == _NEGATIVE for _, part in own])
         with perturbed(model.denoiser, layers if own[0][1] <= _PERTURBED else []):
             prediction = model(x_own, t_own, cond, added)
         # a copy, since CUDA graphs write what they predict next into the same place

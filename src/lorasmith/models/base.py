@@ -74,6 +74,7 @@ class LatentDiffusion(nn.Module, ABC):
     latent_factor: int  # pixels on a latent's side
     latent_channels: int
     latent_scale: float  # what the VAE gives is multiplied by; programs that store it do so without
+    is_inpainting = False  # its denoiser is shown what stays of a picture: see `forward`
     self_attentions: list[str]  # the denoiser's, by the names of its modules
     denoiser: nn.Module
     text_encoder: nn.Module
@@ -112,6 +113,9 @@ class LatentDiffusion(nn.Module, ABC):
     @abstractmethod
     def forward(self, x_t: Tensor, t: Tensor, cond: Conditioning, added: Residuals | None = None) -> Tensor:
         """Return the denoiser's prediction (B, C, h, w) in its dtype, for fp32 x_t (B, C, h, w) and timesteps (B,).
+
+        An inpainting model takes x_t (B, 2 C + 1, h, w): behind the latents the mask, 1 where is drawn, and the latents
+        of the picture without what is in it.
 
         Args:
             added: what ControlNets add inside the denoiser; None: there is none.

@@ -40,7 +40,8 @@ _TEXT_HEADS: dict[Family, int] = {"sd1": 12, "sd2": 16}
 _PAD: dict[Family, int] = {"sd1": tokenizer.END, "sd2": 0}
 _V_PREDICTION_NAMES = ("768-v", "v2-1_768", "768v")  # how the known SD2 files that predict v are called
 _PREDICTIONS: dict[str, Prediction] = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
-_OTHER_INPUTS = {9: "an inpainting model", 5: "a depth model", 8: "an InstructPix2Pix model"}
+_INPAINTING = 9  # channels that its U-Net takes: latents, mask, the masked picture's latents
+_OTHER_INPUTS = {_INPAINTING: "an inpainting model", 5: "a depth model", 8: "an InstructPix2Pix model"}
 _NUM_SHOWN = 3
 _BREAK = re.compile(r"\bBREAK\b")  # in prompts, as WebUI has it
 
@@ -79,6 +80,7 @@ class StableDiffusion(LatentDiffusion):
         super().__init__()
         self.family: Family = family
         self.denoiser, self.text_encoder, self.vae = denoiser, text_encoder, vae
+        self.is_inpainting = denoiser.config["in_channels"] == _INPAINTING
         self.schedule = stable_diffusion_schedule(prediction)
         self._clip_skip = clip_skip
         self._num_chunks = None if max_token_length is None else max_token_length // tokenizer.CHUNK
@@ -267,7 +269,13 @@ def matches(shapes: Mapping[str, Shape]) -> bool:
 
 
 def describe(
-    checkpoint: Checkpoint, *, v2: bool | None, prediction: str | None, vae: str | None, to_run: bool
+    checkpoint: Checkpoint,
+    *,
+    v2: bool | None,
+    prediction: str | None,
+    vae: str | None,
+    to_run: bool,
+    may_inpaint: bool,
 ) -> ModelFacts:
     """Return what the header says of the model.
 
@@ -276,14 +284,17 @@ def describe(
         prediction: what the user says the U-Net predicts; None: nothing.
         vae: another VAE's file or folder instead of the model's own.
         to_run: it must be possible to run it: it has a VAE, and takes latents.
+        may_inpaint: to run, an inpainting model will do, which takes more than latents.
 
     Raises:
         UserError: it is of the other family, or cannot be run.
     """
     shapes = _shapes(checkpoint)
     layout = _require_layout(shapes)
-    if to_run:
+    is_inpainting = _module_shapes(layout.unet, shapes)[_FIRST][1] == _INPAINTING
+    if to_run and not (may_inpaint and is_inpainting):
         _check_inputs(checkpoint.path, _module_shapes(layout.unet, shapes))
+    if to_run:
         _check_vae(checkpoint.path, layout, vae)
     _check_text_layers(checkpoint.path, layout.family)
     family = layout.family
@@ -292,7 +303,9 @@ def describe(
             f"{checkpoint.path} is {keys.TITLES[family]} by its text encoder, but --v2 {str(v2).lower()} says that it "
             f"is {keys.TITLES['sd2' if v2 else 'sd1']}; leave --v2 out, or give the model that you mean."
         )
-    found, notes = _find_prediction(checkpoint, family, prediction)
+    found, notes = _find_prediction(checkpoint, family, prediction, is_inpainting)
+    if is_inpainting:
+        notes = ["an inpainting model: it is shown what stays of the picture, and the mask", *notes]
     is_v = found == "v_prediction"
     side = _native_side(family, found)
     if family == "sd1":
@@ -316,7 +329,7 @@ def describe(
         base_model_version=version,
         architecture=architecture,
         num_values={part: sum(map(math.prod, modules.values())) for part, modules in parts.items()},
-        width=parts["denoiser"]["conv_in.weight"][0],
+        width=parts["denoiser"][_FIRST][0],
         text_width=parts["text_encoder"][_TOKEN_EMBEDDING][1],
         num_text_layers=keys.NUM_TEXT_LAYERS[family],
         latent_channels=StableDiffusion.latent_channels,
@@ -364,8 +377,11 @@ def target_shapes(checkpoint: Checkpoint) -> dict[str, Shape]:
     return found
 
 
-def adapter_places(checkpoint: Checkpoint) -> tuple[str, dict[str, AdapterPlace], list[str]]:
+def adapter_places(checkpoint: Checkpoint, *, of_plain_models: bool) -> tuple[str, dict[str, AdapterPlace], list[str]]:
     """Return the family, where the layers that a file may change are in the model's, by saved name, and notes.
+
+    Args:
+        of_plain_models: leave out the first layer of a model that takes more than latents.
 
     Raises:
         UserError: some of the layers that a LoRA may go on are not in the file.
@@ -378,7 +394,7 @@ def adapter_places(checkpoint: Checkpoint) -> tuple[str, dict[str, AdapterPlace]
     for name, (part, module) in keys.layers().items():
         table, shapes = parts[part]
         weight, bias = f"{module}.weight", f"{module}.bias"
-        if weight in shapes:
+        if weight in shapes and not (of_plain_models and part == "unet" and _takes_more(weight, shapes)):
             block = sd_blocks.block_of(original[weight].name) if part == "unet" else sd_blocks.BASE
             source = table[bias] if bias in shapes else None
             places[name] = AdapterPlace(table[weight], source, shapes[weight], block, name in targets)
@@ -386,6 +402,11 @@ def adapter_places(checkpoint: Checkpoint) -> tuple[str, dict[str, AdapterPlace]
     has_both = not is_average_used and any(name.startswith(keys.EMA) for name in shapes_of_file)
     notes = ["the moving average (EMA) that the model holds beside its weights is left as it is."] if has_both else []
     return layout.family, places, notes
+
+
+def _takes_more(weight: str, unet: Mapping[str, Shape]) -> bool:
+    """Return whether this is the first layer of a U-Net that takes more than latents."""
+    return weight == _FIRST and unet[weight][1] != StableDiffusion.latent_channels
 
 
 def block_weights(numbers: list[float]) -> dict[str, float]:
@@ -422,7 +443,7 @@ def load(
     """
     shapes = _shapes(checkpoint)
     layout = _require_layout(shapes, is_ema=ema)
-    facts = describe(checkpoint, v2=None, prediction=prediction, vae=vae, to_run=True)
+    facts = describe(checkpoint, v2=None, prediction=prediction, vae=vae, to_run=True, may_inpaint=True)
     num_layers = keys.NUM_TEXT_LAYERS[layout.family]
     if not 1 <= clip_skip <= num_layers:
         raise UserError(f"clip skip {clip_skip}; {facts.title} has {num_layers} text layers, give 1 to {num_layers}.")
@@ -523,6 +544,7 @@ def _layout(shapes: Mapping[str, Shape], *, is_ema: bool = False) -> _Layout | N
 _TOKEN_EMBEDDING = "embeddings.token_embedding.weight"
 _PROJECTION = "down_blocks.0.attentions.0.proj_in.weight"
 _CONTEXT = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+_FIRST = "conv_in.weight"
 
 
 def _find_unet(shapes: Mapping[str, Shape], *, is_ema: bool) -> Table | None:
@@ -579,7 +601,7 @@ def _check_vae(path: Path, layout: _Layout, given: str | None) -> None:
 
 
 def _check_inputs(path: Path, unet: Mapping[str, Shape]) -> None:
-    channels = unet["conv_in.weight"][1]
+    channels = unet[_FIRST][1]
     if channels != StableDiffusion.latent_channels:
         kind = _OTHER_INPUTS.get(channels, "a model of another kind")
         raise UserError(
@@ -603,7 +625,9 @@ def _check_text_layers(path: Path, family: Family) -> None:
         )
 
 
-def _find_prediction(checkpoint: Checkpoint, family: Family, given: str | None) -> tuple[Prediction, list[str]]:
+def _find_prediction(
+    checkpoint: Checkpoint, family: Family, given: str | None, is_inpainting: bool
+) -> tuple[Prediction, list[str]]:
     """Return what the U-Net predicts, with a note where that is a guess."""
     if given is not None:
         return _PREDICTIONS[given], []
@@ -612,7 +636,7 @@ def _find_prediction(checkpoint: Checkpoint, family: Family, given: str | None) 
     )
     if named in _PREDICTIONS:
         return _PREDICTIONS[named], []
-    if family == "sd1":
+    if family == "sd1" or is_inpainting:  # as Stability's own for SD2
         return "epsilon", []
     if any(part in checkpoint.path.name.lower() for part in _V_PREDICTION_NAMES):
         return "v_prediction", []
@@ -766,7 +790,7 @@ def _make_unet(layout: _Layout, loader: Loader) -> nn.Module:
     with torch.device("meta"):
         return build(
             sample_size=64,
-            in_channels=StableDiffusion.latent_channels,
+            in_channels=loader.shape(layout.unet, _FIRST)[1],
             out_channels=StableDiffusion.latent_channels,
             up_block_types=("UpBlock2D", *["CrossAttnUpBlock2D"] * (keys.NUM_LEVELS - 1)),
             **_encoder_settings(layout, loader),

@@ -26,7 +26,7 @@ from lorasmith.picture_run.highres import Highres, fitted
 from lorasmith.picture_run.loras import Loras
 from lorasmith.picture_run.pictures import Picture
 from lorasmith.picture_run.thrift import Thrift
-from lorasmith.sampling import Beginning, Drawing, Perturbation, Wish, draw, draw_latents
+from lorasmith.sampling import Beginning, Drawing, Inpainting, Perturbation, Wish, draw, draw_latents
 from lorasmith.speed import compile_denoiser, telling_of_compiler, use_channels_last
 
 
@@ -60,7 +60,7 @@ def open_base(cfg: DrawConfig) -> Iterator[Base]:
     device = torch.device(choose_device(cfg.device))
     precision = choose_precision(cfg.precision, device)
     with open_checkpoint(cfg.base) as checkpoint:
-        facts = model_families.describe(checkpoint, prediction=cfg.prediction, vae=cfg.vae)
+        facts = model_families.describe(checkpoint, prediction=cfg.prediction, vae=cfg.vae, may_inpaint=True)
         perturbed_attention.chosen(facts.self_attentions, cfg.pag_layers)  # to tell now of one that there is not
         found, notes = embeddings.read(cfg.embeddings, width=facts.text_width)
         yield Base(checkpoint, facts, found, notes, precision, device)
@@ -127,6 +127,7 @@ def drawn(
                 rest = list(alike)
                 beginning = None if source is None or denoise is None else _beginning(model, source, size, denoise)
                 acting = [] if controls is None else controls.at(size)
+                inpainting = _inpainting(model, source, size) if model.is_inpainting else None
                 while rest:
                     batch = rest[: thrift.batch_size]
                     common = {
@@ -137,7 +138,13 @@ def drawn(
                         "rescale": cfg.guidance_rescale,
                         "perturbation": perturbation,
                     }
-                    first = {"size": size, "steps": steps, "beginning": beginning, "controls": acting}
+                    first = {
+                        "size": size,
+                        "steps": steps,
+                        "beginning": beginning,
+                        "controls": acting,
+                        "inpainting": inpainting,
+                    }
                     work = partial(_draw, model, batch, **common, **first)
                     if highres is not None:
                         work = partial(_draw_twice, model, batch, highres, controls, first, common)
@@ -163,21 +170,42 @@ def _draw_twice(
     with telling_of_compiler():
         wishes = _wishes(model, batch)
         latents = draw_latents(model, wishes, **first, **common)
-        second = {"size": size, "steps": highres.steps(first["steps"])}
+        second = {
+            "size": size,
+            "steps": highres.steps(first["steps"]),
+            "inpainting": _inpainting(model, None, size) if model.is_inpainting else None,
+        }
         acting = [] if controls is None else controls.at(size)
         beginning = highres.beginning(model, latents, size)
         return draw(model, wishes, **second, **common, beginning=beginning, controls=acting)
 
 
-def _beginning(model: LatentDiffusion, source: Source, size: Size, denoise: float) -> Beginning:
-    """Return what to draw on from: the picture made as large as is needed, and what is too much cut off its sides."""
+def _beginning(model: LatentDiffusion, source: Source, size: Size, denoise: float) -> Beginning | None:
+    """Return what to draw on from; None: noise alone.
+
+    An inpainting model keeps by itself what is to stay, and needs nothing of it where all steps are drawn.
+    """
+    if model.is_inpainting and denoise == 1:
+        return None
     pixels = fitted(source.picture, size)
-    if source.mask is None:
+    if source.mask is None or model.is_inpainting:
         return Beginning(model.encode_image(pixels), denoise)
     latent_size = (size[0] // model.latent_factor, size[1] // model.latent_factor)
     mask = ImageOps.fit(source.mask.convert("L"), size, Image.Resampling.BOX).resize(latent_size, Image.Resampling.BOX)
     shares = torch.from_numpy(np.asarray(mask, np.float32))[None, None] / 255
     return Beginning(model.encode_image(pixels), denoise, shares)
+
+
+def _inpainting(model: LatentDiffusion, source: Source | None, size: Size) -> Inpainting:
+    """Return what an inpainting model is shown, made as in its training; without a mask, nothing stays."""
+    width, height = size
+    mask, pixels = torch.ones(1, 1, height, width), torch.zeros(1, 3, height, width)
+    if source is not None and source.mask is not None:
+        white = ImageOps.fit(source.mask.convert("L"), size, Image.Resampling.BOX)
+        mask = torch.from_numpy(np.asarray(white) >= 128)[None, None].float()
+        pixels = fitted(source.picture, size) * (1 - mask)
+    step = model.latent_factor
+    return Inpainting(mask[:, :, ::step, ::step], model.encode_image(pixels))
 
 
 @torch.no_grad()

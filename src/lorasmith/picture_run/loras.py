@@ -94,7 +94,7 @@ class Loras:
                 hint = f"did you mean {near[0]}?" if near else f"it is looked for {where}."
                 raise UserError(f"<lora:{name}>: there is no LoRA of that name; {hint}")
             if not self._family:
-                self._family, self._places, _ = model_families.adapter_places(self._checkpoint)
+                self._family, self._places, _ = model_families.adapter_places(self._checkpoint, of_plain_models=True)
             self._read[name] = merging.plan(self._files[name], self._family, self._places, Strength())
         return self._read[name]
 
