@@ -18,7 +18,7 @@ from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedule
 from torch import Tensor, nn
 
 from lorasmith import sampling
-from lorasmith.diffusion import Discrete, Prediction
+from lorasmith.diffusion import Discrete, Prediction, stable_diffusion_schedule
 from lorasmith.errors import UserError
 from lorasmith.sampling import generate, make_scheduler
 
@@ -320,3 +320,57 @@ def test_noise_is_webuis_with_noise_from_the_cpu(sampler: str) -> None:
             if up:
                 x = x + torch.randn(4, 5, 9) * up
         torch.testing.assert_close(ours[number : number + 1], x, rtol=1e-3, atol=1e-3)
+
+
+class Gaussian:
+    """A model of numbers that are normally distributed about `mean` with `std`, of which the best prediction is known.
+
+    A sampler that draws nothing on the way leads noise z to mean + std * z, the more exactly, the more steps it takes.
+    """
+
+    latent_factor, latent_channels, device, denoiser = 8, 4, torch.device("cpu"), None
+    mean, std = 0.7, 0.4
+
+    def __init__(self, schedule: Discrete) -> None:
+        self.schedule = schedule
+        alpha_bar = torch.cumprod(1 - schedule.betas.double(), 0)
+        self._log_sigmas = ((1 - alpha_bar) / alpha_bar.clamp(min=2**-24)).log() / 2
+
+    def __call__(self, x_t: Tensor, t: Tensor, *_: Any) -> Tensor:
+        below = t.double().floor().long()
+        share = t.double() - below
+        log_sigma = self._log_sigmas[below] * (1 - share) + self._log_sigmas[(below + 1).clamp(max=999)] * share
+        alpha_bar = 1 / (1 + (2 * log_sigma).exp())
+        a, s = (root.sqrt().view(-1, 1, 1, 1) for root in (alpha_bar, 1 - alpha_bar))
+        x_0 = self.mean + a * self.std**2 / (a**2 * self.std**2 + s**2) * (x_t - a * self.mean)
+        noise = (x_t - a * x_0) / s
+        return (noise if self.schedule.prediction == "epsilon" else a * noise - s * x_0).float()
+
+
+WITH_SIGMAS = ("dpm++", "euler", "heun", "dpm_2", "dpmsolver", "dpmsingle", "unipc", "lms")
+SPREADS = [(name, sigmas) for name in WITH_SIGMAS for sigmas in ("normal", "karras", "exponential", "beta")]
+SPREADS += [(name, "normal") for name in ("ddim", "pndm", *THAT_DRAW)]
+OFTEN = [("dpm++", "beta"), ("dpm++", "karras"), ("dpm_2", "karras")]
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "zero terminal SNR"])
+@pytest.mark.parametrize(
+    "sampler, sigmas", [pytest.param(*spread, marks=[] if spread in OFTEN else pytest.mark.slow) for spread in SPREADS]
+)
+def test_noise_is_led_to_what_the_model_knows(sampler: str, sigmas: str, kind: str) -> None:
+    """With every spread of the sigmas, also where several steps fall on the same timestep."""
+    if sampler == "lms" or sigmas == "beta":
+        pytest.importorskip("scipy")
+    if kind == "zero terminal SNR" and sigmas == "beta":
+        pytest.skip("refused by the command")
+    is_zero = kind == "zero terminal SNR"
+    schedule = stable_diffusion_schedule("v_prediction" if is_zero else cast(Prediction, kind))
+    model: Any = Gaussian(schedule.with_zero_terminal_snr() if is_zero else schedule)
+    settings: dict[str, Any] = {"seeds": [3], "size": (256, 256), "steps": 40, "guidance": 1.0}
+    cond = {"text": torch.zeros(1, 1, 1)}
+    wish = sampling.Wish([(cond, 1.0)], None)
+    drawn = sampling.draw_latents(model, [wish], sampler=sampler, sigmas=sigmas, **settings)[0]
+    z = torch.randn(4, 32, 32, generator=torch.Generator().manual_seed(3))
+    assert abs(drawn.mean() - model.mean) < 0.05 and abs(drawn.std() - model.std) < 0.08
+    if sampler not in THAT_DRAW:
+        torch.testing.assert_close(drawn, model.mean + model.std * z, atol=0.26, rtol=0)

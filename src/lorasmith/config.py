@@ -1647,7 +1647,12 @@ class DrawConfig(Section):
     progress: bool = Field(default=True, description="Show a progress bar.")
 
     @model_validator(mode="after")
-    def _check_perturbation(self) -> "DrawConfig":
+    def _check_drawing(self) -> "DrawConfig":
+        if self.zero_terminal_snr and self.sigmas == "beta":
+            raise ValueError(
+                "sigmas beta are spread evenly up to the largest, which is out of reach with zero_terminal_snr: hardly "
+                "a step is left for the picture; give normal, karras or exponential"
+            )
         if not self.pag_scale and _is_changed(self, "pag_layers"):
             raise ValueError("pag_layers is for perturbed-attention guidance; give pag_scale too, or leave it out")
         if not self.pag_layers:

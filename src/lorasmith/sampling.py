@@ -397,6 +397,9 @@ def _start(
 
     That is given the latents and how many steps are done, and puts the picture, as noisy as these, where it stays.
     """
+    first = 0 if beginning is None else (steps - drawn_steps(steps, beginning.denoise)) * scheduler.order
+    if hasattr(scheduler, "set_begin_index"):  # otherwise it looks where its first timestep is, which may come twice
+        scheduler.set_begin_index(first)
     if beginning is None:
         noise = _noise(model, generators, size).to(model.device)
         return noise * scheduler.init_noise_sigma, scheduler.timesteps, lambda latents, done: latents
@@ -404,9 +407,6 @@ def _start(
     kept = mean.to(model.device).expand(len(generators), -1, -1, -1)
     if std is not None:  # the first draw is the posterior's, as in diffusers' pipeline
         kept = kept + std.to(model.device) * _noise(model, generators, size).to(model.device)
-    first = (steps - drawn_steps(steps, beginning.denoise)) * scheduler.order
-    if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(first)
     timesteps = scheduler.timesteps[first:]
     noise = _noise(model, generators, size).to(model.device)
 

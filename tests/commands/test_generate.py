@@ -575,6 +575,7 @@ def test_what_was_drawn_before_the_end_is_there_and_whole(
         (["a cat", "--base", "BASE", "--sampler", "eular"], "no sampler named 'eular'; did you mean euler"),
         (["a cat --ss eular", "--base", "BASE"], "no sampler named 'eular'; did you mean euler"),
         (["a cat", "--base", "BASE", "--sampler", "ddim", "--sigmas", "karras"], "ddim has no karras sigmas; .*dpm"),
+        (["a cat", "--base", "BASE", "--sigmas", "beta", "--zero-terminal-snr"], "beta .* out of reach .* give normal"),
         (["a cat", "--base", "BASE", "--size", "60"], "60 is not a multiple of 8"),
         (["a cat --w 60", "--base", "BASE"], "--w 60: expected a multiple of 8"),
         (["a cat --q 1", "--base", "BASE"], "there is no option --q"),
