@@ -14,21 +14,22 @@ class Worker:
     """Calls make(*arguments) in a new process, then what that returned, once for each turn.
 
     Counted are the seconds of processor time of that process, over all its threads: with one thread that is what an
-    idle machine takes, and other programs on the machine disturb it less than the clock on the wall.
+    idle machine takes, and other programs on the machine disturb it less than the clock on the wall, which `on_wall`
+    takes instead, for work that a GPU does.
     losses: of the steps so far, to see that all sides compute the same.
     """
 
-    def __init__(self, make: Callable[..., Step], *arguments: Any, threads: int) -> None:
+    def __init__(self, make: Callable[..., Step], *arguments: Any, threads: int, on_wall: bool = False) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_work, args=(theirs, make, arguments, threads), daemon=True)
+        self._process = context.Process(target=_work, args=(theirs, make, arguments, threads, on_wall), daemon=True)
         self._process.start()
         theirs.close()
         self._connection.recv()
         self.losses: list[float] = []
 
     def __call__(self) -> float:
-        """Take one step; return its seconds of processor time."""
+        """Take one step; return its seconds."""
         self._connection.send(True)
         seconds, loss = self._connection.recv()
         self.losses.append(loss)
@@ -42,17 +43,19 @@ class Worker:
         return peak
 
 
-def _work(connection: Connection, make: Callable[..., Step], arguments: tuple[Any, ...], threads: int) -> None:
+def _work(
+    connection: Connection, make: Callable[..., Step], arguments: tuple[Any, ...], threads: int, on_wall: bool
+) -> None:
     import torch
 
     torch.set_num_threads(threads)
-    step = make(*arguments)
+    step, clock = make(*arguments), time.perf_counter if on_wall else time.process_time
     _forget_peak()
     connection.send("ready")
     while connection.recv():
-        start = time.process_time()
+        start = clock()
         loss = step()
-        connection.send((time.process_time() - start, loss))
+        connection.send((clock() - start, loss))
     connection.send(_peak())
 
 
