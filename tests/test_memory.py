@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from lorasmith import memory, model_families
 from lorasmith.adapters.lora import LoRA
 from lorasmith.checkpoint import open_checkpoint
+from lorasmith.errors import UserError
 from lorasmith.models.keys import sd as keys
 from lorasmith.models.sd import StableDiffusion
 from lorasmith.network import Network, Rule
@@ -276,3 +277,62 @@ def test_what_is_lent_to_a_gpu_keeps_its_bits() -> None:
     with memory.lent(vae, torch.device("cuda")):
         assert vae.weight.is_cuda
     assert vae.weight.device == CPU and torch.equal(vae.weight, before)
+
+
+# ---- torch.compile --------------------------------------------------------------------------------------------------
+
+
+class TwoLayers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 5), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+def two_layers() -> tuple[TwoLayers, Network]:
+    torch.manual_seed(0)
+    part = TwoLayers().requires_grad_(False)
+    layers = {"lora_unet_first": part.first, "lora_unet_second": part.second}
+    network = Network.create(layers, [Rule(rank=2)], seed=0)
+    for parameter in network.parameters():
+        parameter.data.add_(0.1)
+    network.attach()
+    return part, network
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_what_is_compiled_gives_the_same_and_each_shape_has_its_own_code(backend: memory.Compiler) -> None:
+    torch.compiler.reset()
+    (plain, expected), (part, network) = two_layers(), two_layers()
+    counters = torch._dynamo.utils.counters["stats"]
+    counters.clear()
+    memory.set_compiled([part], backend)
+    assert part.state_dict().keys() == plain.state_dict().keys()
+    numbers = []
+    for size in (3, 7, 3, 12):
+        x = torch.randn(size, 6, generator=torch.Generator().manual_seed(size))
+        torch.testing.assert_close(part(x), plain(x))
+        for one, found in ((plain, expected), (part, network)):
+            found.zero_grad()
+            one(x).square().sum().backward()
+        for mine, theirs in zip(network.parameters(), expected.parameters(), strict=True):
+            torch.testing.assert_close(mine.grad, theirs.grad)
+        numbers.append(counters["unique_graphs"])
+    assert numbers == [1, 2, 2, 3], "a graph for several shapes depends on which came first"
+    with torch.compiler.set_stance("force_eager"):
+        part(torch.zeros(20, 6))
+    assert counters["unique_graphs"] == 3
+
+
+@pytest.mark.parametrize(
+    ("device", "missing", "told"),
+    [("cpu", "compiler", "needs a C++ compiler"), ("cuda", "triton", "needs triton")],
+)
+def test_a_missing_compiler_is_told(monkeypatch: pytest.MonkeyPatch, device: str, missing: str, told: str) -> None:
+    monkeypatch.setattr(memory.shutil, "which", lambda name: None if missing == "compiler" else f"/bin/{name}")
+    monkeypatch.setattr(memory, "find_spec", lambda name: None)
+    memory.check_compiler("aot_eager", torch.device(device))
+    with pytest.raises(UserError, match=told.replace("+", r"\+")):
+        memory.check_compiler("inductor", torch.device(device))

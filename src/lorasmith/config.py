@@ -592,6 +592,11 @@ class TrainingSection(Section):
         description="Recompute activations instead of keeping them: less memory, about 1.4 times the time.",
     )
     attention: Literal["sdpa", "plain"] = Field(default="sdpa", description="Attention implementation.")
+    compile: Literal["inductor", "aot_eager", "eager"] | None = Field(
+        default=None,
+        description="Compile the model by torch.compile with this backend; each shape of batch takes minutes before its "
+        "first step, results are equal to rounding.",
+    )
     device: str = Field(default="auto", description="Where to train: auto, cpu, cuda, cuda:1, mps.")
     seed: Annotated[int, Field(ge=0)] = Field(
         default=42, description="Everything random in the run follows from this number."
@@ -864,6 +869,7 @@ def contradictions(cfg: TrainConfig) -> list[str]:
         *network.model_dump(exclude_defaults=True, include=_OF_ADAPTERS),
         *optimizer.model_dump(exclude_defaults=True, include=_OF_ADAPTERS_RATES),
     ]
+    changing = _changed(network, "neuron_dropout", "rank_dropout", "module_dropout", "network_module")
     uploads = _changed(cfg.save, "upload_public", "upload_folder", "upload_saves", "upload_states")
     of_held_out, samples = options_of_held_out(cfg.validation), cfg.samples
     is_by_pictures = cfg.validation.best_by == "pictures"
@@ -914,6 +920,8 @@ def contradictions(cfg: TrainConfig) -> list[str]:
         "meant; leave out one or the other, and say in network_args what the module can do of it": (
             network.network_module and of_adapters
         ),
+        f"compile makes fixed code of the model, but {' and '.join(changing)} would change it at every step; leave out "
+        "one or the other": training.compile and changing,
         "network_args are for network_module, which is missing; give it, or leave them out": network.network_args
         and not network.network_module,
         **dict.fromkeys(_bucket_contradictions(data, are_in_file=data.dataset_config is not None), True),

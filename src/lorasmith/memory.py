@@ -5,9 +5,12 @@ the first model, not with this module: it takes seconds, and a plan is printed w
 """
 
 import gc
-from collections.abc import Iterator, Mapping
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from importlib.util import find_spec
 from itertools import product
 from threading import RLock
 from typing import Any, Literal, Protocol
@@ -17,8 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lorasmith.errors import UserError
+
+Compiler = Literal["inductor", "aot_eager", "eager"]
 Attention = Literal["sdpa", "plain", "sliced"]
 
+_MOST_SHAPES = 1000  # a run has some dozens; torch stops compiling after 8
 _LENDING = RLock()
 _VALUE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # Counted on SD1's U-Net with LoRA on 192 layers, 512 x 512, batch 1, 2 bytes a value; all of it grows with the pixels,
@@ -79,6 +86,36 @@ def set_attention(model: _Parts, kind: Attention) -> None:
     processors: dict[Attention, Any] = {"sdpa": AttnProcessor2_0, "plain": AttnProcessor, "sliced": _Sliced}
     model.denoiser.set_attn_processor(processors[kind]())
     model.text_encoder.set_attn_implementation("eager" if kind == "plain" else "sdpa")
+
+
+def check_compiler(backend: Compiler, device: torch.device) -> None:
+    """Check that there is what a backend of torch.compile needs.
+
+    Raises:
+        UserError: names what is missing.
+    """
+    if backend != "inductor":
+        return
+    if device.type == "cuda" and find_spec("triton") is None:
+        raise UserError("--compile inductor needs triton for a GPU: pip install triton, or leave it out.")
+    if not any(map(shutil.which, [os.environ.get("CXX") or "g++", "clang++", "cl"])):
+        raise UserError(
+            "--compile inductor needs a C++ compiler, and there is none here (looked for: CXX, g++, clang++, cl); "
+            "install one, or leave it out."
+        )
+
+
+def set_compiled(parts: Iterable[nn.Module], backend: Compiler) -> None:
+    """Compile what gradients run through, with the hooks that are on it now; names and weights stay as they are.
+
+    Each shape has its own code: that which torch would make for several shapes depends on the order in which they came,
+    so a resumed run would compute otherwise.
+    """
+    from torch import _dynamo  # takes a second
+
+    _dynamo.config.recompile_limit = _dynamo.config.accumulated_recompile_limit = _MOST_SHAPES
+    for part in parts:
+        part.compile(backend=backend, dynamic=False)
 
 
 class _Sliced:

@@ -15,7 +15,7 @@ from lorasmith.caching import Encoded, cached_encoder, open_store
 from lorasmith.config import TrainConfig
 from lorasmith.devices import check_device
 from lorasmith.errors import UserError
-from lorasmith.memory import set_attention, set_gradient_checkpointing, vae_home
+from lorasmith.memory import set_attention, set_compiled, set_gradient_checkpointing, vae_home
 from lorasmith.optimizers.base import restore
 from lorasmith.processes import Processes, make_deterministic
 from lorasmith.training import Stepper
@@ -94,6 +94,8 @@ def _session(cfg: TrainConfig, ready: Preparation, processes: Processes) -> Sess
     network = build_network(cfg, ready, model)
     set_attention(model, cfg.training.attention)
     set_gradient_checkpointing(model, cfg.training.gradient_checkpointing)
+    if cfg.training.compile is not None:
+        set_compiled([model.denoiser, *([model.text_encoder] * trains_text_encoder(ready))], cfg.training.compile)
     groups = network.param_groups(ready.rates.parts, cfg.optimizer.weight_decay_exclude)
     trained = [parameter for group in groups for parameter in group["params"]]
     network.requires_grad_(False)

@@ -70,6 +70,7 @@ def _complete(given: Values) -> dict[str, Any]:
         **_schedule(given),
         **_data(given),
         **_samples(given),
+        **({"training.compile": given.get("dynamo_backend", "inductor")} if given.get("torch_compile") else {}),
         **({"save.upload_saves": True} if given.get("huggingface_repo_id") else {}),
     }
 
@@ -401,8 +402,13 @@ _MACHINE = (
     Flag("--mem_eff_attn", "training.attention", kind="switch", value="sdpa", note=_FUSED),
     Flag("--xformers", "training.attention", kind="switch", value="sdpa", note=_FUSED),
     Flag("--sdpa", "training.attention", kind="switch", value="sdpa"),
-    Flag("--torch_compile", kind="switch", note="nothing needs doing for the result; here the model is not compiled"),
-    Flag("--dynamo_backend", note="nothing needs doing: the model is not compiled"),
+    Flag("--torch_compile", kind="switch", becomes="`--compile`"),
+    Flag(
+        "--dynamo_backend",
+        choices=("inductor", "aot_eager", "eager"),
+        becomes="the backend of `--compile`; left out: inductor; those of other packages are refused",
+        needs=("torch_compile",),
+    ),
     Flag(
         "--ddp_timeout", kind="integer", note="nothing needs doing: processes wait a day, and notice at once who ended"
     ),

@@ -84,7 +84,8 @@ def describe_plan(cfg: TrainConfig, ready: Preparation, processes: Processes) ->
         "memory": [
             f"{ready.precision} on {processes.device}; "
             f"{memory_line(_memory(cfg, ready, num_values, processes.device))}; "
-            f"{memory_free(processes.device) / 2**30:.1f} GiB are free"
+            f"{memory_free(processes.device) / 2**30:.1f} GiB are free",
+            *_compiled_lines(cfg, ready),
         ],
         "output": [
             f"{output_folder(cfg).last()}{f' (going on from step {ready.state.facts.step})' if ready.state else ''}"
@@ -95,6 +96,14 @@ def describe_plan(cfg: TrainConfig, ready: Preparation, processes: Processes) ->
         ],
     }
     return plan_page(f"lorasmith {lorasmith.__version__}: the plan", paragraphs)
+
+
+def _compiled_lines(cfg: TrainConfig, ready: Preparation) -> list[str]:
+    if cfg.training.compile is None:
+        return []
+    shapes = len({crop.shape for crop in ready.crops})
+    many = f"{shapes} shape{'s' * (shapes > 1)}"
+    return [f"compiled by {cfg.training.compile} for {many}, minutes each before its first step; samples are not"]
 
 
 def _latents_line(cfg: TrainConfig, datasets: Sequence[DatasetRules], cached: Sequence[bool]) -> str:

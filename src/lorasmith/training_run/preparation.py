@@ -30,6 +30,7 @@ from lorasmith.errors import UserError
 from lorasmith.formats import embeddings
 from lorasmith.formats.dialects import AnyLora, read_any
 from lorasmith.hub import check_upload
+from lorasmith.memory import check_compiler
 from lorasmith.models.keys.sd import TITLES
 from lorasmith.network import Network, Rule, adapter_class, check_ranks, group_by_module, part_of
 from lorasmith.output_folder import OutputFolder, check_free
@@ -112,6 +113,8 @@ def prepare(cfg: TrainConfig, processes: Processes, state: State | None) -> Prep
     if cfg.save.upload is not None:
         check_upload(cfg.save.upload)
     precision = choose_precision(cfg.training.precision, processes.device)
+    if cfg.training.compile is not None:
+        check_compiler(cfg.training.compile, processes.device)
     with open_checkpoint(cfg.model.base) as checkpoint:
         facts = model_families.describe(checkpoint, v2=cfg.model.v2, prediction=cfg.model.prediction, vae=cfg.model.vae)
         family, places, _ = model_families.adapter_places(checkpoint)

@@ -1,8 +1,8 @@
 """One start of a run: the loop, and what is written on the way."""
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -148,9 +148,17 @@ class Session:
                     return self.done < total
         return False
 
-    def _as_saved(self) -> AbstractContextManager[None]:
-        """While entered, the network holds the weights that are saved, drawn with and validated."""
-        return weights_to_use(self.optimizer) if self.average is None else self.average.in_place()
+    @contextmanager
+    def _as_saved(self) -> Iterator[None]:
+        """While entered, the network holds the weights that are saved, drawn with and validated; nothing is compiled.
+
+        Code for the shapes of samples would take minutes to make.
+        """
+        with (
+            torch.compiler.set_stance("force_eager") if self.cfg.training.compile else nullcontext(),
+            weights_to_use(self.optimizer) if self.average is None else self.average.in_place(),
+        ):
+            yield
 
     def _is_validation_due(self) -> bool:
         if self.ready.validation is None:
