@@ -70,7 +70,6 @@ def _complete(given: Values) -> dict[str, Any]:
         **_schedule(given),
         **_data(given),
         **_samples(given),
-        **({"training.compile": given.get("dynamo_backend", "inductor")} if given.get("torch_compile") else {}),
         **({"save.upload_saves": True} if given.get("huggingface_repo_id") else {}),
     }
 
@@ -207,7 +206,10 @@ def _notes(given: Values) -> list[str]:
             "--network_alpha is left out: alpha = --network_dim, scale 1, as in the document of 2022; today's "
             "sd-scripts takes 1, with which a rank of 8 learns 8 times more weakly at the same rate."
         )
-    if "learning_rate" not in given:
+    optimizer = str(given.get("optimizer_type")).lower()
+    if "learning_rate" not in given and optimizer.startswith(("dadapt", "prodigy")):
+        notes.append("--learning_rate is left out: 1, by which the rate that is found is multiplied.")
+    elif "learning_rate" not in given and not _idle_rates({**given, "learning_rate": None}):
         notes.append("--learning_rate is left out: 1e-4, which the document advises, where sd-scripts takes 2e-6.")
     if given.get("mixed_precision") == "fp16" and _lacks_fp16():
         notes.append("--mixed_precision fp16 needs a GPU, and there is none here: fp32 is taken.")
@@ -402,13 +404,8 @@ _MACHINE = (
     Flag("--mem_eff_attn", "training.attention", kind="switch", value="sdpa", note=_FUSED),
     Flag("--xformers", "training.attention", kind="switch", value="sdpa", note=_FUSED),
     Flag("--sdpa", "training.attention", kind="switch", value="sdpa"),
-    Flag("--torch_compile", kind="switch", becomes="`--compile`"),
-    Flag(
-        "--dynamo_backend",
-        choices=("inductor", "aot_eager", "eager"),
-        becomes="the backend of `--compile`; left out: inductor; those of other packages are refused",
-        needs=("torch_compile",),
-    ),
+    Flag("--torch_compile", kind="switch", note="nothing needs doing for the result; here the model is not compiled"),
+    Flag("--dynamo_backend", note="nothing needs doing: the model is not compiled"),
     Flag(
         "--ddp_timeout", kind="integer", note="nothing needs doing: processes wait a day, and notice at once who ended"
     ),
