@@ -56,8 +56,9 @@ def fill(cache: Path, model_file: Path, pictures: Path) -> None:
     records = scan(pictures).records
     crops = bucket_crops(records, Buckets((RESOLUTION, RESOLUTION)))
     assert open_cache(cache, print) is not None
-    latents = open_store("latents", cache, model, Maker(model_file, ("cpu",)), print)
-    text = open_store("text", cache, model, Maker(model_file, ("cpu", "fp32", 1, 75, False, "sdpa")), print)
+    latents = open_store("latents", cache, model, Maker(model_file, ("cpu",)), model.device, print)
+    text_maker = Maker(model_file, ("cpu", "fp32", 1, 75, False, "sdpa"))
+    text = open_store("text", cache, model, text_maker, model.device, print)
     for record, crop in zip(records, crops, strict=True):
         width, height = crop.shape
         moments = torch.zeros(2, 4, height // 8, width // 8)

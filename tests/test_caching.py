@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from lorasmith.data.buckets import CropPlan
 from lorasmith.data.captions import CaptionOptions
 from lorasmith.data.records import ImageRecord
 from lorasmith.data.subsets import Augmentation, Subset
+from lorasmith.processes import Processes
 
 RECORD = ImageRecord(Path("a.png"), "a cat", (80, 64), content_hash="12ab")
 CROP = CropPlan((80, 64), (8, 0, 72, 64), 0.2)
@@ -85,7 +87,7 @@ class Encoder:
 def test_frozen_text_is_encoded_once_but_not_kept_without_end(tmp_path: Path) -> None:
     encoder: Any = Encoder()
     store = Store(tmp_path, Part("text", "0" * 64, ""), print)
-    encode = cached_encoder(encoder, store, {"a", "bb"})
+    encode = cached_encoder(encoder, store, {"a", "bb"}, Processes("cpu"))
     assert encode(["a", "bb", "a"])["text"][:, 0, 0].tolist() == [1, 2, 1] and encoder.calls == ["a", "bb"]
     for number in range(2000):
         encode([str(number)])
@@ -93,5 +95,17 @@ def test_frozen_text_is_encoded_once_but_not_kept_without_end(tmp_path: Path) ->
     assert encoder.calls[-1] == "0" and encoder.calls.count("0") == 2 and encoder.calls.count("1999") == 1
     store.flush()
     encoder.calls.clear()
-    encode = cached_encoder(encoder, Store(tmp_path, Part("text", "0" * 64, ""), print), {"a", "bb", "c"})
+    encode = cached_encoder(
+        encoder, Store(tmp_path, Part("text", "0" * 64, ""), print), {"a", "bb", "c"}, Processes("cpu")
+    )
     assert encode(["bb", "c", "a"])["text"][:, 0, 0].tolist() == [2, 1, 1] and encoder.calls == ["c"]
+
+
+def test_who_shares_the_encoder_runs_it_as_often_as_who_needs_it_most(tmp_path: Path) -> None:
+    encoder: Any = Encoder()
+    store = Store(tmp_path, Part("text", "0" * 64, ""), print)
+    others: Any = SimpleNamespace(most=lambda number: max(number, 2))
+    encode = cached_encoder(encoder, store, {"a", "bb"}, others)
+    assert encode(["a", "a"])["text"][:, 0, 0].tolist() == [1, 1]
+    assert encode(["a"])["text"][:, 0, 0].tolist() == [1]
+    assert encoder.calls == ["a", "", "", ""]

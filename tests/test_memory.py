@@ -232,6 +232,9 @@ def test_the_estimate_is_what_was_counted_for_sd1_and_grows_as_it_should() -> No
     assert estimate(resolution=(1024, 512))["activations"] == pytest.approx(2 * base["activations"])
     assert estimate(gradient_checkpointing=True)["activations"] == pytest.approx(0.084e9, rel=0.001)
     assert estimate(trains_text_encoder=True)["activations"] > base["activations"]
+    shared = estimate(num_holders=4)  # and some of it is gathered
+    assert all(0.25 < shared[part] / base[part] < 0.5 for part in ("U-Net", "text encoder"))
+    assert [shared[part] for part in base][2:] == [base[part] for part in base][2:]
     # measured at 256, fp32: 0.434 GB with the fused kernel, 0.615 without
     extra = [
         estimate(precision="fp32", resolution=(256, 256), attention=kind)["activations"] for kind in ("plain", "sdpa")

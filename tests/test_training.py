@@ -158,6 +158,22 @@ def test_kept_samples_have_the_base_models_output_as_target_and_others_the_noise
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+def test_who_shares_the_model_asks_the_base_too_where_only_others_keep_its_output() -> None:
+    model, asked = Miniature(), list[str]()
+    batch = replace(samples(4), keeps_output=torch.zeros(4, dtype=torch.bool))
+
+    @contextmanager
+    def base_alone() -> Iterator[None]:
+        asked.append("base")
+        yield
+
+    objective = Objective(base_alone=base_alone)
+    alone = weighted_loss(model, batch, model.encode_text, objective)
+    assert asked == []
+    shared = weighted_loss(model, batch, model.encode_text, objective, lambda number: max(number, 3))
+    assert asked == ["base"] and torch.equal(shared, alone)
+
+
 @pytest.mark.parametrize("cuts", [(1,), (2,), (1, 2, 3), (3,)])
 def test_a_batch_cut_into_micro_batches_makes_the_same_step(cuts: tuple[int, ...]) -> None:
     batch = samples(4)

@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -66,13 +65,13 @@ class Wanted:
 # ---- model parts ---------------------------------------------------------------------------------------------------
 
 
-def part_of_model(kind: Encoded, model: LatentDiffusion, name: str) -> Part:
+def part_of_model(kind: Encoded, model: LatentDiffusion, device: torch.device, name: str) -> Part:
     """Return the part that encodes: its weights and all else that decides the result, the kind of device included."""
     module, settings = (
         (model.vae, model.image_encoding()) if kind == "latents" else (model.text_encoder, model.text_encoding())
     )
     dtype = str(next(module.parameters()).dtype)
-    made_from = [kind, _PIXELS, weights_hash(module), settings, dtype, model.device.type]
+    made_from = [kind, _PIXELS, weights_hash(module), settings, dtype, device.type]
     return Part(kind, identify(made_from), name)
 
 
@@ -98,11 +97,13 @@ def latents_maker(place: Path, device: torch.device) -> Maker:
     return Maker(place, (device.type,))
 
 
-def open_store(kind: Encoded, cache: Path | None, model: LatentDiffusion, maker: Maker, say: Say) -> Store:
-    """Return the store of what a loaded model encodes; without a cache one in memory."""
+def open_store(
+    kind: Encoded, cache: Path | None, model: LatentDiffusion, maker: Maker, device: torch.device, say: Say
+) -> Store:
+    """Return the store of what a loaded model encodes on the device; without a cache one in memory."""
     if cache is None:
         return Store(None, Part(kind, "", ""), say)
-    part = part_of_model(kind, model, maker.place.name)
+    part = part_of_model(kind, model, device, maker.place.name)
     files, asked = _files_of(maker), _asked(kind, maker)
     memory = _memory(cache)
     known = memory.known(files)
@@ -260,7 +261,7 @@ def lasting_captions(records: Iterable[ImageRecord], subsets: Sequence[Subset]) 
 
 
 def cached_encoder(
-    model: LatentDiffusion, store: Store, lasting: Collection[str]
+    model: LatentDiffusion, store: Store, lasting: Collection[str], processes: Processes
 ) -> Callable[[list[str]], Conditioning]:
     """Return what turns captions into conditioning, without gradients, and remembers it.
 
@@ -268,21 +269,35 @@ def cached_encoder(
         lasting: the captions to look for in the store and to put there; others have no end.
     """
     store.look_up([caption_name(caption) for caption in lasting])
+    remembered: dict[str, Conditioning] = {}  # the last used last
 
-    @lru_cache(maxsize=_NUM_REMEMBERED)
-    @torch.no_grad()
-    def encode_one(caption: str) -> Conditioning:
-        name = caption_name(caption)
-        found = store.get(name)
-        if found is not None:
-            return {key: tensor.to(model.device) for key, tensor in found.items()}
-        encoded = model.encode_text([caption])
+    def find(caption: str) -> Conditioning | None:
+        if caption in remembered:
+            return remembered[caption]
+        found = store.get(caption_name(caption))
+        return None if found is None else {key: tensor.to(model.device) for key, tensor in found.items()}
+
+    def keep(caption: str, encoded: Conditioning) -> None:
         if caption in lasting and store.is_writable:
-            store.put(name, {key: tensor.cpu() for key, tensor in encoded.items()})
-        return encoded
+            store.put(caption_name(caption), {key: tensor.cpu() for key, tensor in encoded.items()})
 
+    @torch.no_grad()
     def encode(captions: list[str]) -> Conditioning:
-        encoded = [encode_one(caption) for caption in captions]
-        return {name: torch.cat([one[name] for one in encoded]) for name in encoded[0]}
+        found = {caption: find(caption) for caption in captions}
+        missing = [caption for caption, encoded in found.items() if encoded is None]
+        for number in range(processes.most(len(missing))):
+            caption = missing[number] if number < len(missing) else ""  # for the others, who share the encoder
+            encoded = model.encode_text([caption])
+            if number < len(missing):
+                found[caption] = encoded
+                keep(caption, encoded)
+        known = {caption: encoded for caption, encoded in found.items() if encoded is not None}
+        for caption, encoded in known.items():
+            remembered.pop(caption, None)
+            remembered[caption] = encoded
+        while len(remembered) > _NUM_REMEMBERED:
+            del remembered[next(iter(remembered))]
+        rows = [known[caption] for caption in captions]
+        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
     return encode

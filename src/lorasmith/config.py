@@ -598,6 +598,11 @@ class TrainingSection(Section):
         "first step, results are equal to rounding.",
     )
     device: str = Field(default="auto", description="Where to train: auto, cpu, cuda, cuda:1, mps.")
+    shard_base: bool | None = Field(
+        default=None,
+        description="Let each of several processes hold a part of the base model, for one too large for a single card; "
+        "left out, where accelerate's configuration asks for FSDP (docs/processes.md).",
+    )
     seed: Annotated[int, Field(ge=0)] = Field(
         default=42, description="Everything random in the run follows from this number."
     )

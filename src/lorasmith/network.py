@@ -20,6 +20,7 @@ from lorasmith.adapters.base import Adapter
 from lorasmith.dropout import Dropout
 from lorasmith.errors import UserError
 from lorasmith.seeds import derive
+from lorasmith.sharding import whole
 
 PARTS = {"lora_te": "text_encoder", "lora_unet": "unet"}  # how a saved name starts -> the model's part, in group order
 _TEXT_WIDTHS = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}
@@ -162,7 +163,7 @@ class Network(nn.Module):
         for name, adapter in self.adapters.items():
             parameters = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
             if parameters:
-                half = adapter.delta_square(self._targets[name].get_parameter("weight")) / 2
+                half = adapter.delta_square(whole(self._targets[name].get_parameter("weight"))) / 2
                 yield parameters, torch.autograd.grad(half, parameters, materialize_grads=True)
 
     def attach(self) -> None:
@@ -215,7 +216,7 @@ class Network(nn.Module):
     @torch.no_grad()
     def delta_norms(self) -> dict[str, float]:
         """Return the Frobenius norm of every layer's delta, without the multiplier."""
-        norms = [a.delta_norm(self._targets[name].get_parameter("weight")) for name, a in self.adapters.items()]
+        norms = [a.delta_norm(whole(self._targets[name].get_parameter("weight"))) for name, a in self.adapters.items()]
         return dict(zip(self.adapters, torch.stack(norms).tolist(), strict=True))
 
     def clip_norms_(self, limit: float) -> int:

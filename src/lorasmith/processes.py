@@ -1,10 +1,12 @@
 """One run over several processes: who am I, sums over all of us, and failing together.
 
-Started by `accelerate launch` or `torchrun`; alone, every sum is its own argument. The base model is never wrapped:
-only the adapter's gradients, a few megabytes, travel.
+Started by `accelerate launch` or `torchrun`; alone, every sum is its own argument. Only the adapter's gradients, a few
+megabytes, travel, unless the processes share the base model's weights (`lorasmith.sharding`): then all must run it in
+the same order, which is what `in_step` and `most` are for.
 """
 
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from lorasmith.devices import choose_device
 from lorasmith.errors import UserError
+from lorasmith.memory import is_out_of_memory
 
 Thing = TypeVar("Thing")
 
@@ -27,11 +30,15 @@ class ProcessLostError(UserError):
 
 
 class Processes:
-    """The processes of this run; `index` counts from 0, process 0 prints and writes."""
+    """The processes of this run; `index` counts from 0, process 0 prints and writes.
+
+    shares_model: each holds a part of the base model's weights, so that none can run it without the others.
+    """
 
     def __init__(self, device: str = "auto") -> None:
+        self.shares_model = False
         self._is_alone = int(os.environ.get("WORLD_SIZE", "1")) < 2
-        self._told: Exception | None = None  # the last failure that all know of
+        self._told: Exception | None = None  # the last failure that all know of, or that cannot be told
         self.index, self.count = 0, 1
         self.device = torch.device(choose_device(device))
         if self._is_alone:
@@ -105,6 +112,43 @@ class Processes:
         if self.sums([float(failure is not None)]) != [0.0]:
             self._fail_together(failure)
 
+    @contextmanager
+    def in_step(self) -> Iterator[None]:
+        """Run the model within, in all processes; where they do not share its weights, this does nothing.
+
+        What has failed before in one of them fails in all, as after `together`. Who fails within ends alone: the others
+        wait for its weights, where it cannot reach them, and learn that it has gone.
+
+        Raises:
+            ProcessLostError: another one has gone.
+        """
+        if not self.shares_model:
+            yield
+            return
+        with self.together():
+            pass
+        try:
+            yield
+        except ProcessLostError:
+            raise
+        except Exception as error:
+            if _is_of_a_lost_peer(error):
+                raise _lost(error) from error
+            self._told = error
+            if not self.is_main and is_out_of_memory(error):
+                # all others print themselves, or are met by process 0 too
+                print(f"lorasmith: process {self.index} ({self.device}) has too little memory", file=sys.stderr)
+            raise
+
+    def most(self, number: int) -> int:
+        """Return how often all run the model, where they share its weights and this one needs it `number` times."""
+        if not self.shares_model:
+            return number
+        message = torch.tensor(number, device=self._message_device)
+        with _peers():
+            torch.distributed.all_reduce(message, torch.distributed.ReduceOp.MAX)
+        return int(message)
+
     def _fail_together(self, failure: Exception | None) -> NoReturn:
         told = str(failure) if isinstance(failure, UserError) else failure and f"process {self.index}: {failure!r}"
         messages: list[str | None] = [None] * self.count
@@ -138,10 +182,19 @@ def _peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise ProcessLostError(
-            "another process of this run has ended, and one alone cannot go on; what it said last tells why. "
-            f"To go on from the last state, start them all again with --resume. ({str(error).splitlines()[0]})"
-        ) from error
+        raise _lost(error) from error
+
+
+def _is_of_a_lost_peer(error: Exception) -> bool:
+    """Whether a backend says, amid a model's work, that a connection was closed; gloo has no type of its own for it."""
+    return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def _lost(error: Exception) -> ProcessLostError:
+    return ProcessLostError(
+        "another process of this run has ended, and one alone cannot go on; what it said last tells why. "
+        f"To go on from the last state, start them all again with --resume. ({str(error).splitlines()[0]})"
+    )
 
 
 def make_deterministic(device: torch.device) -> None:

@@ -16,7 +16,7 @@ CHANGEABLE = {
     "masks", "weights", "output", "source", "image_column", "caption_column", "dataset_split",
     "steps", "epochs", "workers", "device", "batch_size", "cache_latents", "skip_unreadable", "max_megapixels",
     "disk_cache", "cache_dir", "npz_dir",
-    "gradient_checkpointing", "dataset_config", "dataset_root",
+    "gradient_checkpointing", "shard_base", "dataset_config", "dataset_root",
     "save_every_epochs", "save_every_steps", "saves", "keep_last_epochs", "keep_last_steps",
     "state_every_steps", "keep_states", "format", "save_precision",
     "title", "author", "description", "license", "tags", "trigger_phrase", "usage_hint", "merged_from",

@@ -42,9 +42,10 @@ def weighted_loss(
     batch: Batch,
     encode: Callable[[list[str]], Conditioning],
     objective: Objective = PLAIN,
+    most: Callable[[int], int] = int,
 ) -> Tensor:
     """Return sum(weight_i * loss_i) / count: this micro-batch's part of the mean over the whole step's samples."""
-    losses = sample_losses(model, batch, encode, objective)
+    losses = sample_losses(model, batch, encode, objective, most)
     return (losses * batch.weight.to(losses.device)).sum() / batch.count
 
 
@@ -53,8 +54,13 @@ def sample_losses(
     batch: Batch,
     encode: Callable[[list[str]], Conditioning],
     objective: Objective = PLAIN,
+    most: Callable[[int], int] = int,
 ) -> Tensor:
-    """Return the loss of each sample, (B,), before weights."""
+    """Return the loss of each sample, (B,), before weights.
+
+    Args:
+        most: `Processes.most`, in a run.
+    """
     x_0 = latents_of(model, batch)
     noise, t = batch.noise.to(x_0.device), batch.t.to(x_0.device)
     seen = noise
@@ -66,9 +72,11 @@ def sample_losses(
     target = model.schedule.target(x_0, noise, t)
     if batch.keeps_output is not None:
         kept = batch.keeps_output.nonzero()[:, 0].to(x_0.device)
-        with torch.no_grad(), objective.base_alone():
-            base_output = model(x_t[kept], t[kept], encode([batch.captions[i] for i in kept.tolist()]))
-        target = target.index_copy(0, kept, base_output.float())
+        if most(len(kept)):
+            asked = kept if len(kept) else kept.new_zeros(1)  # any sample, for those who share the model and need it
+            with torch.no_grad(), objective.base_alone():
+                base_output = model(x_t[asked], t[asked], encode([batch.captions[i] for i in asked.tolist()]))
+            target = target.index_copy(0, kept, base_output[: len(kept)].float())
     mask = None if batch.mask is None else batch.mask.to(x_0.device)
     return objective.losses(model.schedule, prediction.float(), target, t, mask)
 
@@ -127,14 +135,15 @@ class Stepper:
         Raises:
             LossNotFiniteError: at the first NaN or infinite loss, before any weight is changed.
         """
-        with self._processes.together():
+        with self._processes.together(), self._processes.in_step():
             loss = self._accumulate(batches, step)
         asked = stop_signal()
         loss, *num_stops = self._processes.sums([loss, *(float(asked == number) for number in STOP_SIGNALS)])
         if not math.isfinite(loss):
             raise LossNotFiniteError(not_finite_message(step, loss))
         self._processes.sum_gradients_(self._parameters)
-        num_limited = self._update(rate_multiplier)
+        with self._processes.in_step():
+            num_limited = self._update(rate_multiplier)
         stops = [number for number, count in zip(STOP_SIGNALS, num_stops, strict=True) if count]
         return StepResult(loss, stops[0] if stops else None, num_limited)
 
@@ -144,7 +153,7 @@ class Stepper:
         total = torch.zeros((), dtype=torch.float64)
         for batch in batches:
             with self._regularizers.dropping(step, batch.indexes) if self._regularizers else nullcontext():
-                loss = weighted_loss(self._model, batch, self.encode, self.objective)
+                loss = weighted_loss(self._model, batch, self.encode, self.objective, self._processes.most)
                 total += loss.detach().double().cpu()
                 self.scaler.scale(loss).backward()  # within, as checkpointed layers compute again
         return total.item()

@@ -47,10 +47,13 @@ def validate(
     """
     steps = range(-(-_NUM_DRAWS // plan.num_samples_per_epoch) * plan.steps_per_epoch)
     measured: list[tuple[int, float]] = []  # record, loss
-    with processes.together():
-        for step, batches in zip(steps, dataset.prefetch(steps, processes.index, workers), strict=True):
+    prepared = dataset.prefetch(steps, processes.index, workers)
+    for step in steps:
+        with processes.together():
+            batches = next(prepared)
+        with processes.together(), processes.in_step():
             for micro_batch, batch in zip(plan.step(step, processes.index), batches, strict=True):
-                losses = sample_losses(model, batch, encode, objective).tolist()
+                losses = sample_losses(model, batch, encode, objective, processes.most).tolist()
                 samples = zip(micro_batch.samples, micro_batch.is_padding, losses, strict=True)
                 measured += [(sample.record, loss) for sample, is_padding, loss in samples if not is_padding]
     by_record: dict[int, list[float]] = defaultdict(list)

@@ -13,9 +13,11 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lorasmith import training
 from lorasmith.cli import main
 from lorasmith.data.dataset import Batch, Dataset
 from lorasmith.errors import UserError
@@ -61,12 +64,13 @@ def command(base: Path, pictures: Path, output: Path, *more: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Event:
-    """What happens in one process when it reads the pictures of a step, which counts from 0."""
+    """What happens in one process when it reads the pictures of a step, which counts from 0, or has run the model."""
 
     process: int
     step: int
     signal_number: int | None = None
     error: BaseException | None = None
+    is_amid_work: bool = False  # after the model's forward pass
 
     def happen(self) -> None:
         if self.signal_number is not None:
@@ -85,7 +89,11 @@ class Ended:
 
 
 def run_two(
-    arguments: Sequence[str], logs: Path, *events: Event, folders: tuple[Path, Path] = (Path(), Path())
+    arguments: Sequence[str],
+    logs: Path,
+    *events: Event,
+    folders: tuple[Path, Path] = (Path(), Path()),
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> Ended:
     """Run the command line in two processes, each in a folder, and wait for both."""
     logs.mkdir(parents=True, exist_ok=True)
@@ -93,7 +101,10 @@ def run_two(
     context.set_forkserver_preload([__name__, "lorasmith.commands.train", "accelerate"])
     port = free_port()
     places = [folder.resolve() for folder in folders]
-    processes = [context.Process(target=_one, args=(list(arguments), i, port, logs, events, places[i])) for i in BOTH]
+    own = dict(environment)
+    processes = [
+        context.Process(target=_one, args=(list(arguments), i, port, logs, events, places[i], own)) for i in BOTH
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -102,14 +113,22 @@ def run_two(
     return Ended([process.exitcode for process in processes], outputs, errors)
 
 
-def _one(arguments: list[str], index: int, port: int, logs: Path, events: Sequence[Event], folder: Path) -> None:
+def _one(
+    arguments: list[str],
+    index: int,
+    port: int,
+    logs: Path,
+    events: Sequence[Event],
+    folder: Path,
+    environment: dict[str, str],
+) -> None:
     """Be one of the processes, as a launcher would have started it."""
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(logs / f"{index}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.environ.update(
         RANK=str(index), LOCAL_RANK=str(index), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), SOURCE_DATE_EPOCH="1700000000", OMP_NUM_THREADS="1",
-        LORASMITH_CACHE=str(logs / "cache"),
+        LORASMITH_CACHE=str(logs / "cache"), **environment,
     )  # fmt: skip
     torch.set_num_threads(1)
     os.chdir(folder)
@@ -117,11 +136,21 @@ def _one(arguments: list[str], index: int, port: int, logs: Path, events: Sequen
 
     def read_with_events(self: Dataset, step: int, process_index: int) -> list[Batch]:
         for event in events:
-            if (event.process, event.step) == (process_index, step):
+            if (event.process, event.step) == (process_index, step) and not event.is_amid_work:
                 event.happen()
         return read(self, step, process_index)
 
+    accumulate, count = training.weighted_loss, itertools.count()
+
+    def lose_with_events(*given: Any) -> Tensor:
+        loss, step = accumulate(*given), next(count)
+        for event in events:
+            if (event.process, event.step) == (index, step) and event.is_amid_work:
+                event.happen()
+        return loss
+
     Dataset.batch = read_with_events  # for this run only, after which the process ends
+    training.weighted_loss = lose_with_events
     code = main(arguments)
     sys.stdout.flush()
     sys.stderr.flush()

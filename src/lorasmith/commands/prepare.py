@@ -239,7 +239,7 @@ def fill_cache(place: Path, coder: Coder, jobs: Sequence[Job], say: Say) -> tupl
     if found is not None and not _missing(jobs, found):
         return Outcome(), len(jobs), 0
     model, size = coder.load(), 0
-    store = open_store("latents", place, model, maker, say)
+    store = open_store("latents", place, model, maker, coder.device, say)
     names = {one.name for job in jobs for one in job}
     store.look_up(names)
     missing = _missing(jobs, {name for name in names if name in store})

@@ -16,6 +16,7 @@ from lorasmith.config import TrainConfig
 from lorasmith.devices import check_device
 from lorasmith.errors import UserError
 from lorasmith.memory import set_attention, set_compiled, set_gradient_checkpointing, vae_home
+from lorasmith.network import Network
 from lorasmith.optimizers.base import restore
 from lorasmith.processes import Processes, make_deterministic
 from lorasmith.training import Stepper
@@ -29,6 +30,7 @@ from lorasmith.training_run.regularizing import regularizers_of
 from lorasmith.training_run.resuming import merged_options, run_folder
 from lorasmith.training_run.scoring import check_same, load_bench
 from lorasmith.training_run.session import Session
+from lorasmith.training_run.shared_base import share
 from lorasmith.training_state import find_state, load_state
 from lorasmith.weight_average import WeightAverage
 
@@ -96,23 +98,31 @@ def _session(cfg: TrainConfig, ready: Preparation, processes: Processes) -> Sess
     set_gradient_checkpointing(model, cfg.training.gradient_checkpointing)
     if cfg.training.compile is not None:
         set_compiled([model.denoiser, *([model.text_encoder] * trains_text_encoder(ready))], cfg.training.compile)
+    stores: dict[Encoded, Store] = {
+        kind: open_store(kind, ready.cache, model, maker, device, ready.say)
+        for kind, maker in makers_of(cfg, ready, device).items()
+        if (any(ready.cached) if kind == "latents" else not trains_text_encoder(ready))
+    }
+    if ready.is_base_shared:
+        assert isinstance(network, Network), "others were refused"
+        said = share(model, processes)
+        network.to(device)
+        if processes.is_main and cfg.log.progress:
+            print(said, flush=True)
     groups = network.param_groups(ready.rates.parts, cfg.optimizer.weight_decay_exclude)
     trained = [parameter for group in groups for parameter in group["params"]]
     network.requires_grad_(False)
     for parameter in trained:
         parameter.requires_grad_(True)
     optimizer = ready.rates.optimizer.build(groups, weight_decay=cfg.optimizer.weight_decay)
-    stores: dict[Encoded, Store] = {
-        kind: open_store(kind, ready.cache, model, maker, ready.say)
-        for kind, maker in makers_of(cfg, ready, device).items()
-        if (any(ready.cached) if kind == "latents" else not trains_text_encoder(ready))
-    }
     stepper = Stepper(
         model,
         trained,
         optimizer,
         processes,
-        cached_encoder(model, stores["text"], kept_captions(ready)) if "text" in stores else model.encode_text,
+        cached_encoder(model, stores["text"], kept_captions(ready), processes)
+        if "text" in stores
+        else model.encode_text,
         objective_of(cfg.loss, network.switched_off),
         max_grad_norm=cfg.optimizer.max_grad_norm,
         is_fp16=ready.precision == "fp16",

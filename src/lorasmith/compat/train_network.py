@@ -9,8 +9,9 @@ from lorasmith.errors import UserError
 
 _OTHER_MODELS = "it is for models other than SD 1.x and 2.x, which this script trains; leave it out."
 _DEEPSPEED = (
-    "only a LoRA is trained, of which gradients and optimizer take a few megabytes, so there is nothing to split; "
-    "leave it out, and start the processes with accelerate launch or torchrun."
+    "only a LoRA is trained, of which gradients and optimizer take a few megabytes, so these need no splitting; "
+    "leave it out, and start the processes with accelerate launch or torchrun. A base model too large for one card is "
+    "split by accelerate launch --use_fsdp (docs/processes.md)."
 )
 _DDP = "nothing needs doing: the adapter's gradients are averaged in one message, and nothing is wrapped"
 _CONSOLE = "nothing needs doing: messages are few; redirect the output to keep them"

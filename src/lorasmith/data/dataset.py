@@ -104,6 +104,7 @@ class Dataset:
         noise: NoiseOptions | None = None,
     ) -> None:
         self._plan, self._records, self._crops, self._subsets = plan, records, crops, subsets
+        self._has_kept_outputs = any(subset.keeps_output for subset in subsets)
         self._seed, self._sample_t, self._latents = seed, sample_t, latents
         self._latent_channels, self._latent_factor = latent_channels, latent_factor
         self._prior_loss_weight = prior_loss_weight
@@ -162,7 +163,7 @@ class Dataset:
             count=count,
             mask=self._mask_factors(masks, (1, *shape[1:])),
             noise_draws=self._draw_noise(step, samples, shape),
-            keeps_output=torch.tensor(keeps_output) if any(keeps_output) else None,
+            keeps_output=torch.tensor(keeps_output) if self._has_kept_outputs else None,
             indexes=[sample.index for sample in samples],
         )
 

@@ -19,12 +19,15 @@ from lorasmith.training_run.preparation import Preparation
 
 
 def load_model(cfg: TrainConfig, ready: Preparation, device: torch.device) -> LatentDiffusion:
-    """Load the base model with another VAE, LoRAs folded in and the options that are given."""
+    """Load the base model with another VAE, LoRAs folded in and the options that are given.
+
+    One that processes share comes to the CPU: no device need have room for all of it.
+    """
     with open_checkpoint(cfg.model.base) as checkpoint:
         model = model_families.load(
             checkpoint,
             dtype=DTYPES[ready.precision],
-            device=device,
+            device=torch.device("cpu") if ready.is_base_shared else device,
             vae=cfg.model.vae,
             prediction=ready.facts.prediction,
             clip_skip=cfg.model.clip_skip,

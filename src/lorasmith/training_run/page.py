@@ -33,6 +33,7 @@ from lorasmith.training_run.preparation import Preparation, one_or_each, output_
 from lorasmith.training_run.rates import PART_TITLES, average_lines, rate_lines
 from lorasmith.training_run.samples import sample_lines
 from lorasmith.training_run.scoring import judge_lines
+from lorasmith.training_run.shared_base import sharing_lines
 
 _ENCODED_TITLES: dict[Encoded, str] = {"latents": "latents", "text": "text embeddings"}
 
@@ -83,8 +84,9 @@ def describe_plan(cfg: TrainConfig, ready: Preparation, processes: Processes) ->
         "loss": [line] if (line := objective_line(cfg)) else [],
         "memory": [
             f"{ready.precision} on {processes.device}; "
-            f"{memory_line(_memory(cfg, ready, num_values, processes.device))}; "
+            f"{memory_line(_memory(cfg, ready, num_values, processes))}; "
             f"{memory_free(processes.device) / 2**30:.1f} GiB are free",
+            *sharing_lines(cfg.training, processes),
             *_compiled_lines(cfg, ready),
         ],
         "output": [
@@ -187,9 +189,9 @@ def _rank_words(cfg: TrainConfig, ready: Preparation) -> list[str]:
             return []
 
 
-def _memory(cfg: TrainConfig, ready: Preparation, num_adapter_values: int, device: torch.device) -> dict[str, int]:
+def _memory(cfg: TrainConfig, ready: Preparation, num_adapter_values: int, processes: Processes) -> dict[str, int]:
     """Return the estimated bytes on the device while training, by part."""
-    facts = ready.facts
+    facts, device = ready.facts, processes.device
     has_vae = vae_home(device, caches_latents=all(ready.cached)) == device
     return estimate_training_memory(
         num_values=facts.num_values if has_vae else {**facts.num_values, "vae": 0},
@@ -203,4 +205,5 @@ def _memory(cfg: TrainConfig, ready: Preparation, num_adapter_values: int, devic
         trains_text_encoder=trains_text_encoder(ready),
         num_adapter_values=num_adapter_values,
         attention=cfg.training.attention,
+        num_holders=processes.count if ready.is_base_shared else 1,
     )

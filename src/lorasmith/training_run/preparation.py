@@ -47,6 +47,7 @@ from lorasmith.training_run.rates import Rates, decide_rates
 from lorasmith.training_run.regularizing import check_adapters
 from lorasmith.training_run.resuming import run_folder
 from lorasmith.training_run.samples import drawings
+from lorasmith.training_run.shared_base import check_shareable, is_shared
 from lorasmith.training_state import (
     State,
     data_fingerprint,
@@ -60,6 +61,7 @@ class Preparation:
     """Everything found out and decided before a model is loaded."""
 
     facts: model_families.ModelFacts
+    is_base_shared: bool  # each process holds a part of it
     precision: str
     shapes: dict[str, tuple[int, ...]]  # of the layers to train, by saved name
     rules: dict[str, Rule]  # what each of them gets
@@ -122,6 +124,7 @@ def prepare(cfg: TrainConfig, processes: Processes, state: State | None) -> Prep
     folded = base_loras.read(cfg.model, family, places)
     found = embeddings.read(cfg.model.embeddings, width=facts.text_width)
     foreign = _foreign_request(cfg.network)
+    check_shareable(cfg, processes)
     weights = None if foreign or cfg.network.weights is None else read_any(cfg.network.weights)
     places = trained_places(cfg, places, group_by_module(weights.tensors) if weights else ())
     shapes, rules = {name: place.shape for name, place in places.items()}, layer_rules(cfg, places)
@@ -164,7 +167,8 @@ def prepare(cfg: TrainConfig, processes: Processes, state: State | None) -> Prep
         _check_resumable(state, fingerprint, plan, total_steps)
         _check_optimizer(state, rates.optimizer.name)
     return Preparation(
-        facts, precision, shapes, rules, foreign, folded, rank, alpha, datasets[0].resolution, datasets,
+        facts, is_shared(cfg.training, processes), precision, shapes, rules, foreign, folded, rank, alpha,
+        datasets[0].resolution, datasets,
         gathered.records, gathered.crops,
         [subset.for_run_of(total_steps) for subset in gathered.subsets],
         [*notes, *gathered.notes, *_cut_notes(cfg, gathered, words), *plan.notes],

@@ -14,6 +14,7 @@ from lorasmith.progress import counted
 from lorasmith.sampling import generate
 from lorasmith.training_run.loading import load_model
 from lorasmith.training_run.preparation import Preparation
+from lorasmith.training_run.shared_base import share
 
 
 def missing_prior_pictures(cfg: TrainConfig) -> prior_pictures.Missing | None:
@@ -63,14 +64,21 @@ def draw_prior_pictures(
 ) -> None:
     """Draw this process's share of the regularization pictures that are missing."""
     model, samples = load_model(cfg, ready, processes.device), cfg.samples
+    if ready.is_base_shared:
+        share(model, processes)
+        model.vae.to(processes.device)
 
     def draw_one(prompt: str, seed: int) -> Image.Image:
         settings: Any = {
             "negative": samples.negative, "steps": samples.sample_steps, "guidance": samples.guidance
         }  # fmt: skip
-        return generate(model, [prompt], seeds=[seed], size=ready.resolution, **settings)[0]
+        with processes.in_step():
+            return generate(model, [prompt], seeds=[seed], size=ready.resolution, **settings)[0]
 
     is_shown = cfg.log.progress and processes.is_main
     numbers = to_draw.numbers[processes.index :: processes.count]
+    most = processes.most(len(numbers))
     shown = counted(numbers, len(numbers), "drawing regularization pictures", is_shown=is_shown)
     prior_pictures.draw(to_draw, shown, draw_one, seed=cfg.training.seed)
+    if len(numbers) < most:
+        draw_one(to_draw.prompt, 0)  # its part in the others' last picture

@@ -115,8 +115,7 @@ class Session:
                 with together():  # a launcher ends the others as soon as one has ended, but process 0 is saving
                     return self._leave(stop)
             with together():
-                if is_main:
-                    self._finish()
+                self._finish()
         return 0
 
     def _loop(self, dataset: Dataset, stop: StopRequest) -> bool:
@@ -266,19 +265,21 @@ class Session:
 
     def _catch_up(self) -> None:
         """Save and draw what was due after the step that a run goes on from, and was not done before it stopped."""
-        if not self.processes.is_main:
-            return
-        assert self.samples is not None
-        assert self.uploads is not None
-        for path in self._due_saves():
-            if not path.exists():
-                self._save_lora(path)
-                self.uploads.take_lora(path)
-        if self._are_samples_due():
-            if self.samples.has(self.done):
-                self._judge_samples(self.samples.pictures(self.done))
-            else:
-                self._draw()
+        is_undrawn = False
+        with self.processes.together():
+            if self.processes.is_main:
+                assert self.samples is not None
+                assert self.uploads is not None
+                for path in self._due_saves():
+                    if not path.exists():
+                        self._save_lora(path)
+                        self.uploads.take_lora(path)
+                if self._are_samples_due():
+                    is_undrawn = not self.samples.has(self.done)
+                    if not is_undrawn:
+                        self._judge_samples(self.samples.pictures(self.done))
+        if self.processes.most(int(is_undrawn)):
+            self._draw()
 
     def _due_saves(self) -> list[Path]:
         """Return the LoRAs to save after this step."""
@@ -332,10 +333,18 @@ class Session:
     def _finish(self) -> None:
         """Save the last LoRA and state, draw, and write the report."""
         path = self.folder.last()
-        norms = self._save_lora(path)
-        self._save_state()
+        if self.processes.is_main:
+            self._save_lora(path)
+            self._save_state()
         if self.cfg.samples.before_after or self._are_samples_due():
             self._draw()
+        with self.processes.in_step(), self._as_saved():
+            norms = self.network.delta_norms()
+        if self.processes.is_main:
+            self._conclude(path, norms)
+
+    def _conclude(self, path: Path, norms: Mapping[str, float]) -> None:
+        """Write the report, and tell where everything is."""
         page = write_report(self.folder.report, self._report(path, norms))
         if self.has_stalled:
             print(
@@ -425,15 +434,13 @@ class Session:
         assert self.trackers is not None
         self.trackers.log(values, self.done)
 
-    def _save_lora(self, path: Path) -> dict[str, float]:
-        """Write the LoRA, read it back and compare; return the norm of each module's update."""
+    def _save_lora(self, path: Path) -> None:
+        """Write the LoRA, read it back and compare."""
         precision = self.cfg.save.save_precision
         with self._as_saved():
             tensors = self.network.file_tensors()
-            norms = self.network.delta_norms()
         kohya.write(path, tensors, file_metadata(self.cfg, self.ready, self.done, self.started_at), precision=precision)
         kohya.check(path, tensors, precision=precision)
-        return norms
 
     def _save_state(self) -> None:
         ready = self.ready
@@ -453,15 +460,17 @@ class Session:
         self.uploads.take_states(state)
 
     def _draw(self) -> None:
-        """Draw the prompts as the model is now, and the sheet of all moments so far."""
-        drawings = self.ready.drawings
-        if not self.processes.is_main or not drawings:
+        """Draw the prompts as the model is now, and the sheet of all moments so far.
+
+        Processes that share the model all draw the same, and process 0 keeps it.
+        """
+        drawings, is_main = self.ready.drawings, self.processes.is_main
+        if not drawings or not (is_main or self.processes.shares_model):
             return
-        assert self.samples is not None
-        if self.cfg.log.progress:
+        if self.cfg.log.progress and is_main:
             sizes = dict.fromkeys(f"{width}x{height}" for width, height in (drawing.size for drawing in drawings))
             tqdm.write(f"drawing {len(drawings)} samples, {' and '.join(sizes)}", file=sys.stdout)
-        with self._as_saved(), lent(self.model.vae, self.model.device):
+        with self.processes.in_step(), self._as_saved(), lent(self.model.vae, self.model.device):
             pictures = [
                 picture
                 for one in drawings
@@ -470,10 +479,12 @@ class Session:
                     steps=one.steps, guidance=one.guidance, sampler=one.sampler,
                 )
             ]  # fmt: skip
-        self.samples.add(self.done, pictures)
-        assert self.trackers is not None
-        self.trackers.show(pictures, self.done)
-        self._judge_samples(pictures)
+        if is_main:
+            assert self.samples is not None
+            assert self.trackers is not None
+            self.samples.add(self.done, pictures)
+            self.trackers.show(pictures, self.done)
+            self._judge_samples(pictures)
 
     def _report(self, path: Path, norms: Mapping[str, float]) -> ReportContents:
         assert self.losses is not None
