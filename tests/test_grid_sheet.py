@@ -1,5 +1,7 @@
 """Sheets of a grid as pictures: what is pasted where, and what becomes of sheets and names that are too long."""
 
+from dataclasses import replace
+
 import pytest
 from PIL import Image, ImageChops, ImageDraw
 
@@ -13,10 +15,10 @@ def a_sheet(columns: int = 3, rows: int = 2, *, title: str = "a title", name: st
     names = {
         "prompt": [Label(f"row {number}", "row") for number in range(rows)],
         "lora": [Label(f"{name} {number}", f"LoRA {number + 1}") for number in range(columns)],
-        **{axis: [Label(title if axis == "seed" else "", "")] for axis in ("seed", "strength")},
+        **{axis: [Label("", "")] for axis in ("seed", "strength")},
     }
     [sheet] = grids.sheets(grids.sides([], [], []), names, has_base=False)
-    return sheet
+    return replace(sheet, title=(Label(title, title),))
 
 
 def color_of(cell: Cell) -> tuple[int, int, int]:

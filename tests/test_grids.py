@@ -32,18 +32,19 @@ def apart(layout: Sides, counts: dict[str, int]) -> set[str]:
 @pytest.mark.parametrize("has_base", [True, False])
 @pytest.mark.parametrize("counts", [COUNTS, {**COUNTS, "strength": 1}, {**COUNTS, "lora": 1}, dict.fromkeys(AXES, 1)])
 def test_every_picture_is_there_under_its_names(counts: dict[str, int], has_base: bool) -> None:
-    """In all layouts: what the headings and the title say of a place is what the picture there is."""
+    """In all layouts: headings and title say of a place what its picture is; the only seed needs no name."""
     wanted = {Cell(*one) for one in product(*(range(counts[axis]) for axis in AXES))}
     if has_base:
         wanted |= {Cell(*one, None, None) for one in product(range(counts["prompt"]), range(counts["seed"]))}
     for layout in LAYOUTS:
         seen, others = set(), apart(layout, counts)
+        alone = {f"{axis} 0" for axis in ("seed", "strength") if counts[axis] == 1}
         for sheet in sheets(layout, names(counts), has_base=has_base):
             assert len({len(one) for one in sheet.columns}) == len({len(one) for one in sheet.rows}) == 1
             for row, cells in zip(sheet.rows, sheet.cells, strict=True):
                 for column, cell in zip(sheet.columns, cells, strict=True):
                     seen.add(cell)
-                    said = {label.text for label in (*sheet.title, *row, *column)} - {""}
+                    said = {label.text for label in (*sheet.title, *row, *column)} - {""} | alone
                     if cell.lora is None:
                         assert BASE.text in said and said & {"lora 0", "lora 1", "strength 0", "strength 1"} <= others
                     else:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from urllib.parse import quote
 
 from lorasmith.data.buckets import Size
-from lorasmith.grids import Cell, Heading, Label, Sheet, band_starts, spans
+from lorasmith.grids import Cell, Heading, Sheet, band_starts, spans
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #28282e; --paper: #fafaf8; --faint: #6c6c74; --rule: #d8d8d2; --cell: 256px }
@@ -26,7 +26,7 @@ caption { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-pa
 th { font-weight: 400; padding: .25rem .4rem; background: var(--paper); overflow-wrap: anywhere }
 thead { position: sticky; top: 0; z-index: 2 }
 thead th { vertical-align: bottom } thead .band { border-bottom: 1px solid var(--rule) }
-thead td { background: var(--paper) }
+thead td { background: var(--paper); position: sticky; left: 0; z-index: 1 }
 tbody th { text-align: left; position: sticky; z-index: 1; width: 10rem; min-width: 10rem; max-width: 10rem;
   box-sizing: border-box }
 tbody .band { border-right: 1px solid var(--rule) }
@@ -214,11 +214,7 @@ def _heading(heading: Heading, level: int, side: str, count: int, *, is_apart: b
         *([f'{across}="{reach}"'] if reach > 1 else []),
         *([f'style="left: {level * _HEADING_WIDTH}rem"'] if side == "row" else []),
     ]
-    return f"<th {' '.join(facts)}>{html.escape(_words(label))}</th>"
-
-
-def _words(label: Label) -> str:
-    return label.text or label.plain
+    return f"<th {' '.join(facts)}>{html.escape(label.text)}</th>"
 
 
 def _cell(cell: Cell, pictures: Mapping[Cell, Shown], *, is_apart: bool) -> str:

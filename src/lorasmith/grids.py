@@ -37,7 +37,7 @@ Heading = tuple[Label, ...]  # of a column or a row: of its bands, from the oute
 
 @dataclass(frozen=True)
 class Sheet:
-    """A grid of two sides: `cells` are rows of as many as there are columns. title: what all of it have in common."""
+    """A grid of two sides: `cells` are rows of as many as there are columns. title: of what it is; the only prompt."""
 
     title: tuple[Label, ...]
     columns: Sequence[Heading]
@@ -88,7 +88,7 @@ def sheets(arranged: Sides, names: Mapping[str, Sequence[Label]], *, has_base: b
         for side, axes in vars(arranged).items()
     }
     shown = {axis for axis in AXES if _is_shown(axis, arranged, names, has_base)}
-    common = tuple(names[axis][0] for axis in AXES if axis not in shown and names[axis][0].text)
+    common = () if "prompt" in shown else (names["prompt"][0],)
 
     def heading(axes: Sequence[str], key: Mapping[str, int | None]) -> Heading:
         found = [_label(names[axis], key[axis]) for axis in axes if axis in shown]

@@ -348,5 +348,7 @@ def _facts(cfg: GridConfig, pictures: Sequence[Picture]) -> str:
         {f"{one.steps} steps" for one in pictures},
         {f"guidance {one.guidance:g}" for one in pictures},
         {f"{one.size[0]}x{one.size[1]}" for one in pictures},
+        {f"strength {_number(strength)}" for strength in cfg.strengths},
+        {f"seed {one.seed}" for one in pictures},
     ]
     return " · ".join([model_name(cfg), *(kind.pop() for kind in kinds if len(kind) == 1)])
