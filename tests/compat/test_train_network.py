@@ -251,6 +251,10 @@ def test_an_option_that_does_nothing_alone_is_left_out_with_a_note(flag: Flag) -
         (["--huggingface_repo_id=me/dog", "--huggingface_path_in_repo=/loras/", "--save_state_to_huggingface"],
          {"save.upload": "me/dog", "save.upload_folder": "loras", "save.upload_states": True,
           "save.upload_saves": True}),
+        (["--torch_compile"], {"training.compile": "inductor"}),
+        (["--torch_compile", "--dynamo_backend=aot_eager"], {"training.compile": "aot_eager"}),
+        (["--dynamo_backend=aot_eager"], {"training.compile": None}),
+        (["--torch_compile", "--dynamo_backend=no"], {"training.compile": None}),
         (["--save_state_to_huggingface"], {"save.upload_states": None, "save.upload_saves": None}),
         (["--network_module=my.module", "--network_args", "a=1", "b=c=d", "--network_dropout=0.1"],
          {"network.network_module": "my.module", "network.network_args": ["a=1", "b=c=d"],
@@ -360,7 +364,10 @@ def test_what_lycoris_has_besides_is_refused_where_it_is_on(capsys: pytest.Captu
         ([], "--learning_rate is left out: 1e-4"),
         (["--optimizer_type=Prodigy"], "--learning_rate is left out: 1, by which"),
         (["--optimizer_type=Adafactor"], ""),
-        (["--optimizer_type=Adafactor", "--optimizer_args", "relative_step=False"], "--learning_rate is left out: 1e-4"),
+        (
+            ["--optimizer_type=Adafactor", "--optimizer_args", "relative_step=False"],
+            "--learning_rate is left out: 1e-4",
+        ),
         (["--learning_rate=1e-3"], ""),
     ],
 )

@@ -71,8 +71,14 @@ def _complete(given: Values) -> dict[str, Any]:
         **_schedule(given),
         **_data(given),
         **_samples(given),
+        **_compiled(given),
         **({"save.upload_saves": True} if given.get("huggingface_repo_id") else {}),
     }
+
+
+def _compiled(given: Values) -> dict[str, Any]:
+    backend = given.get("dynamo_backend", "inductor")
+    return {"training.compile": backend} if given.get("torch_compile") and backend != "no" else {}
 
 
 def _idle(given: Values) -> dict[str, str]:
@@ -405,8 +411,13 @@ _MACHINE = (
     Flag("--mem_eff_attn", "training.attention", kind="switch", value="sdpa", note=_FUSED),
     Flag("--xformers", "training.attention", kind="switch", value="sdpa", note=_FUSED),
     Flag("--sdpa", "training.attention", kind="switch", value="sdpa"),
-    Flag("--torch_compile", kind="switch", note="nothing needs doing for the result; here the model is not compiled"),
-    Flag("--dynamo_backend", note="nothing needs doing: the model is not compiled"),
+    Flag("--torch_compile", kind="switch", becomes="`--compile`"),
+    Flag(
+        "--dynamo_backend",
+        choices=("no", "inductor", "aot_eager", "eager"),
+        becomes="the backend of `--compile`; left out: inductor; those of other packages are refused",
+        needs=("torch_compile",),
+    ),
     Flag(
         "--ddp_timeout", kind="integer", note="nothing needs doing: processes wait a day, and notice at once who ended"
     ),
