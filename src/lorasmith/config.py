@@ -1651,6 +1651,11 @@ class DrawConfig(Section):
         default=False,
         description="Compile the U-Net, on an NVIDIA GPU into CUDA graphs: slow to begin, faster for many pictures.",
     )
+    vae_tiling: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="Encode and decode pictures in overlapping tiles, for less memory: auto above 1536 x 1536 pixels, "
+        "on above 512 on a side.",
+    )
     on_out_of_memory: Literal["retry", "stop"] = Field(
         default="retry",
         description="Where memory runs out: draw the same again with less (smaller batches, attention in slices, the "
@@ -1725,7 +1730,8 @@ class GenerateConfig(DrawConfig):
         "ids; what several do is summed.",
     )
     control_picture: list[Place] = Field(
-        default=[], description="Picture that each ControlNet is shown, or one for all; cut to the size of the pictures."
+        default=[],
+        description="Picture that each ControlNet is shown, or one for all; cut to the size of the pictures.",
     )
     control_preprocessor: list[Preprocessor] = Field(
         default=[],

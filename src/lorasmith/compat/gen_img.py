@@ -208,6 +208,10 @@ def _lines(given: Values) -> list[str]:
     return [line for line in lines if not line.startswith("#")]
 
 
+def _tiling(slices: int) -> str | None:
+    return "on" if slices > 1 else None
+
+
 def _one(prompt: str) -> list[str]:
     return [prompt]
 
@@ -320,7 +324,7 @@ _MACHINE = (
     Flag("--sdpa", "attention", kind="switch", value="sdpa"),
     Flag("--opt_channels_last", kind="switch", note="nothing needs doing: it changes no picture"),
     Flag("--vae_batch_size", kind="number", note=_ONE_BY_ONE),
-    Flag("--vae_slices", kind="integer", note=_ONE_BY_ONE),
+    Flag("--vae_slices", "vae_tiling", kind="integer", convert=_tiling, note="tiles take the place of slices"),
     Flag(
         "--no_half_vae", kind="switch", note="nothing needs doing: the VAE computes in fp32, where it never overflows"
     ),

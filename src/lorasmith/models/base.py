@@ -3,6 +3,7 @@
 Nothing here is about training, saving or options.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -74,6 +75,7 @@ class LatentDiffusion(nn.Module, ABC):
     latent_factor: int  # pixels on a latent's side
     latent_channels: int
     latent_scale: float  # what the VAE gives is multiplied by; programs that store it do so without
+    tile_above = math.inf  # pixels of a picture, above which the VAE works in overlapping tiles
     is_inpainting = False  # its denoiser is shown what stays of a picture: see `forward`
     self_attentions: list[str]  # the denoiser's, by the names of its modules
     denoiser: nn.Module

@@ -42,6 +42,7 @@ _V_PREDICTION_NAMES = ("768-v", "v2-1_768", "768v")  # how the known SD2 files t
 _PREDICTIONS: dict[str, Prediction] = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
 _INPAINTING = 9  # channels that its U-Net takes: latents, mask, the masked picture's latents
 _OTHER_INPUTS = {_INPAINTING: "an inpainting model", 5: "a depth model", 8: "an InstructPix2Pix model"}
+_TILE = 512  # pixels on the side of a tile; a quarter of it is shared with the next, where both are blended
 _NUM_SHOWN = 3
 _BREAK = re.compile(r"\bBREAK\b")  # in prompts, as WebUI has it
 
@@ -81,6 +82,7 @@ class StableDiffusion(LatentDiffusion):
         self.family: Family = family
         self.denoiser, self.text_encoder, self.vae = denoiser, text_encoder, vae
         self.is_inpainting = denoiser.config["in_channels"] == _INPAINTING
+        vae.tile_sample_min_size, vae.tile_latent_min_size = _TILE, _TILE // self.latent_factor
         self.schedule = stable_diffusion_schedule(prediction)
         self._clip_skip = clip_skip
         self._num_chunks = None if max_token_length is None else max_token_length // tokenizer.CHUNK
@@ -112,6 +114,7 @@ class StableDiffusion(LatentDiffusion):
     @torch.no_grad()
     def encode_image(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and std, each (B, 4, H/8, W/8) fp32, of the latents of pixels (B, 3, H, W) in [-1, 1]."""
+        self.vae.use_tiling = pixels.shape[-2:].numel() > self.tile_above
         posterior = self.vae.encode(pixels.to(self._vae_device, self.vae.dtype)).latent_dist
         return posterior.mean.float() * LATENT_SCALE, posterior.std.float() * LATENT_SCALE
 
@@ -139,6 +142,7 @@ class StableDiffusion(LatentDiffusion):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Return pixels (B, 3, H, W), about [-1, 1], of latents (B, 4, H/8, W/8)."""
+        self.vae.use_tiling = latents.shape[-2:].numel() * self.latent_factor**2 > self.tile_above
         return self.vae.decode(latents.to(self._vae_device, self.vae.dtype) / LATENT_SCALE).sample
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Conditioning, added: Residuals | None = None) -> Tensor:

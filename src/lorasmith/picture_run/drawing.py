@@ -1,5 +1,6 @@
 """Pictures drawn with a base model, grouped so that what can be drawn at once is."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from lorasmith.picture_run.pictures import Picture
 from lorasmith.picture_run.thrift import Thrift
 from lorasmith.sampling import Beginning, Drawing, Inpainting, Perturbation, Wish, draw, draw_latents
 from lorasmith.speed import compile_denoiser, telling_of_compiler, use_channels_last
+
+_TILE_ABOVE = 1536 * 1536  # pixels; the VAE needs memory in proportion to them
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ def load(cfg: DrawConfig, base: Base) -> LatentDiffusion:
     if cfg.zero_terminal_snr:
         model.schedule = model.schedule.with_zero_terminal_snr()
     set_attention(model, cfg.attention)
+    model.tile_above = {"auto": _TILE_ABOVE, "on": 0, "off": math.inf}[cfg.vae_tiling]
     if base.device.type == "cuda" if cfg.channels_last is None else cfg.channels_last:
         use_channels_last(model)
     if cfg.compile:
