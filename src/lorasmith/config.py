@@ -1704,6 +1704,10 @@ class GenerateConfig(DrawConfig):
     text_encoder_strength: Numbers = Field(
         default=[], description="The same for the text encoder alone, in place of strength."
     )
+    lora_mask: list[Place] = Field(
+        default=[],
+        description="Picture for each LoRA, white where it acts; none for one that acts everywhere.",
+    )
     lora_folder: Place | None = Field(
         default=None, description="Folder, with the folders in it, of the LoRAs that prompts may name."
     )
@@ -1802,6 +1806,21 @@ class GenerateConfig(DrawConfig):
                     f"{name} is given {_counted(count, 'time')} for {_counted(nets, 'ControlNet')} (control); give "
                     f"{'one picture for all, or ' if is_needed else ''}one for each, in the same order"
                 )
+        if self.lora_mask and len(self.lora_mask) != len(self.lora):
+            raise ValueError(
+                f"lora_mask is given {_counted(len(self.lora_mask), 'picture')} for "
+                f"{_counted(len(self.lora), 'LoRA')}; give one for each, in the same order, or none as its name"
+            )
+        if self.lora_mask and (self.fold or self.compile):
+            raise ValueError(
+                f"lora_mask and {'fold' if self.fold else 'compile'} do not go together: weights into which a LoRA is "
+                "folded are the same everywhere; leave out one of them"
+            )
+        if self.lora_mask and self.control:
+            raise ValueError(
+                "lora_mask and control do not go together: a ControlNet takes one text for the whole picture; leave "
+                "out one of them"
+            )
         if self.strength and self.unet_strength and self.text_encoder_strength:
             raise ValueError(
                 "strength is not used where unet_strength and text_encoder_strength are both given; leave it out"

@@ -8,7 +8,7 @@ what the base with its LoRAs does.
 import copy
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from lorasmith.formats.dialects import FAMILIES, AnyLora, kind_of, read_any
 from lorasmith.model_families import AdapterPlace
 from lorasmith.models.base import LatentDiffusion
 from lorasmith.network import part_of, recognise
+from lorasmith.regions import Regions
 
 PRECISIONS = kohya.PRECISIONS
 _NUM_SHOWN = 3
@@ -281,37 +282,57 @@ def fold(model: LatentDiffusion, additions: Sequence[Addition]) -> None:
 
 
 @contextmanager
-def applied(model: LatentDiffusion, additions: Sequence[Addition], *, is_folded: bool) -> Iterator[None]:
+def applied(
+    model: LatentDiffusion, additions: Sequence[Addition], *, is_folded: bool, regions: Regions | None = None
+) -> Iterator[None]:
     """While entered, the model is the base with these LoRAs, in order; afterwards it is bit for bit what it was.
 
     They are attached to the layers, or folded into the weights. Both are the same but for rounding. What has no forward
     of its own, changes of embeddings and several of which a later one depends on the weight, is folded always.
 
+    Args:
+        regions: where each of them acts; only for LoRAs that are attached.
+
     Raises:
-        UserError: a sum is larger than its layer's type can hold.
+        UserError: a sum is larger than its layer's type can hold, or what is to act in a region alone has to be folded.
     """
     layers = model.adaptable_layers()
-    hooked: dict[str, list[Adapter]] = {}
+    hooked: dict[str, list[tuple[int, Adapter]]] = {}
     for name in sorted({name for addition in additions for name in addition.factors}) if not is_folded else ():
         shape = layers[name].get_parameter("weight").shape
-        own = [one.adapter(name, shape).to(model.device) for one in additions if name in one.factors]
-        is_sum = len(own) == 1 or all(type(adapter) is LoRA for adapter in own)
+        own = [
+            (number, one.adapter(name, shape).to(model.device))
+            for number, one in enumerate(additions)
+            if name in one.factors
+        ]
+        is_sum = len(own) == 1 or all(type(adapter) is LoRA for _, adapter in own)
         if is_sum and not isinstance(layers[name], nn.Embedding):
             hooked[name] = own
     rest = [addition.on(addition.factors.keys() - hooked.keys()) for addition in additions]
+    for number, addition in enumerate(rest):
+        if regions is not None and regions.has(number) and addition.factors:
+            raise UserError(
+                f"{addition.file.path} changes {_shorten(sorted(addition.factors))} in a way that has to be folded "
+                "into the weights, which are the same everywhere: it cannot have a mask, alone or beside other LoRAs."
+            )
     parameters = {
         parameter: parameter.detach().to("cpu", copy=True)
         for name in {name for addition in rest for name in addition.factors}
         for parameter in layers[name].parameters(recurse=False)
     }
     handles = [
-        layers[name].register_forward_hook(partial(_adapted, adapter))
+        layers[name].register_forward_hook(
+            regions.hook(number, name, adapter)
+            if regions is not None and regions.has(number)
+            else partial(_adapted, adapter)
+        )
         for name, own in hooked.items()
-        for adapter in own
+        for number, adapter in own
     ]
     try:
         fold(model, rest)
-        yield
+        with nullcontext() if regions is None else regions.attached(model):
+            yield
     finally:
         for handle in handles:
             handle.remove()

@@ -494,6 +494,37 @@ def test_a_prompt_says_otherwise_of_a_lora_that_is_given(
     assert is_same(as_given, draw("a cat", *given)[0]) and not is_same(as_given, stronger)
 
 
+@pytest.mark.parametrize("name", ["robot", "style"])
+def test_a_mask_says_where_a_lora_acts(
+    name: str, draw: Callable[..., list[Path]], loras: dict[str, Path], tmp_path: Path
+) -> None:
+    """All white it is the LoRA without one, all black the base model, both to the byte; style has a DoRA in it."""
+    for level, file in ((255, "white.png"), (0, "black.png")):
+        Image.new("L", (64, 64), level).save(tmp_path / file)
+    Image.linear_gradient("L").rotate(90).save(tmp_path / "part.png")
+    given = ("--lora", loras[name], "--strength", 0.8)
+    prompts = ("a cat AND a dog :0.5", "a dog --d 9")
+    white, black = (draw(prompts[0], *given, "--lora-mask", tmp_path / file) for file in ("white.png", "black.png"))
+    base, whole = draw(prompts[0]), draw(prompts[0], *given)
+    assert is_same(white[0], whole[0]) and is_same(black[0], base[0])
+    part = draw(*prompts, *given, "--lora-mask", tmp_path / "part.png", "--batch-size", 2)
+    alone = draw(prompts[1], *given, "--lora-mask", tmp_path / "part.png")
+    assert difference(part[1], alone[0]) <= 1 and min(difference(part[0], one[0]) for one in (base, whole)) > 1
+    assert parsed(text_of(part[0]))["Lora masks"] == f"{name}: part.png"
+    assert is_same(draw(prompts[0])[0], base[0])
+
+
+def test_a_lora_that_has_to_be_folded_can_have_no_mask(
+    base: Path, loras: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two LoRAs on a layer, one of them a DoRA: one without a mask may be folded."""
+    Image.new("L", (64, 64), 255).save(tmp_path / "white.png")
+    options = ["--lora", str(loras["robot"]), str(loras["style"]), "--steps", "1", "--output", str(tmp_path / "out")]
+    command = ["generate", "a cat", "--base", str(base), *options, "--lora-mask", "none", str(tmp_path / "white.png")]
+    assert main(command) == 2
+    assert re.search(rf"style.safetensors changes {DORA} in a way that has to be folded", capsys.readouterr().err)
+
+
 # --- what is written --------------------------------------------------------------------------------------------------
 
 
@@ -559,6 +590,9 @@ def test_what_was_drawn_before_the_end_is_there_and_whole(
     assert re.search(said, capsys.readouterr().err)
 
 
+MASKED = ["--base", "BASE", "--lora", "ROBOT", "--lora-mask", "PICTURE"]
+
+
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
 
@@ -582,6 +616,11 @@ def test_what_was_drawn_before_the_end_is_there_and_whole(
         (["a cat --d 100000000000000000000", "--base", "BASE"], "seed 100000000000000000000 is too large"),
         (["a cat", "--base", "BASE", "--lora", "gone.safetensors"], "gone.safetensors"),
         (["a cat", "--base", "BASE", "--lora", "ROBOT", "--strength", "1", "2"], "strength is given 2 times for 1"),
+        (["a cat", "--base", "BASE", "--lora-mask", "PICTURE"], "lora_mask is given 1 picture for 0 LoRAs"),
+        (["a cat", *MASKED, "--fold"], "lora_mask and fold do not go together"),
+        (["a cat", *MASKED, "--compile"], "lora_mask and compile do not go together"),
+        (["a cat", *MASKED, "--control", "a.pth", "--control-picture", "PICTURE"], "lora_mask and control do not go"),
+        (["a cat", "--base", "BASE", "--lora", "ROBOT", "--lora-mask", "gone.png"], "gone.png"),
         (["a <lora:robbot>", "--base", "BASE", "--lora", "ROBOT"], "<lora:robbot>.*did you mean robot"),
         (["a <lora:x>", "--base", "BASE"], "<lora:x>: there is no LoRA of that name; .*give --lora-folder"),
         (["a <lora:robot:much>", "--base", "BASE", "--lora", "ROBOT"], "<lora:robot:much>: expected"),

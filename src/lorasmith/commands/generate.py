@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from PIL import Image
+
 from lorasmith import prompt_syntax, prompts
 from lorasmith.command_line import harmless
 from lorasmith.config import GenerateConfig
@@ -40,6 +42,7 @@ def run(cfg: GenerateConfig) -> int:
     with open_base(cfg) as base:
         loras = Loras(base.checkpoint, _given(cfg), cfg.lora_folder)
         source = _source(cfg)
+        masks = _masks(cfg)
         usual = _usual(cfg, base.facts, source)
         controls = Controls(cfg, base.checkpoint, base.facts)
         highres = None if cfg.highres_scale is None else Highres(cfg, base.facts)
@@ -61,9 +64,19 @@ def run(cfg: GenerateConfig) -> int:
         def draw_all(pictures: Sequence[Picture]) -> list[Path]:
             """Draw pictures and return the files that they are written to."""
             common, files = {**controls.facts(), **facts_of_all(cfg, base.checkpoint, loras)}, []
+            if masks:
+                common = {"Lora masks": ", ".join(f"{name}: {file.name}" for name, file in _mask_files(cfg)), **common}
             with telling_of_memory(cfg, base, pictures, written):
                 found = drawn(
-                    cfg, model, pictures, loras, is_folded=cfg.fold, source=source, controls=controls, highres=highres
+                    cfg,
+                    model,
+                    pictures,
+                    loras,
+                    is_folded=cfg.fold,
+                    source=source,
+                    controls=controls,
+                    highres=highres,
+                    masks=masks,
                 )
                 for one, picture in counted(found, len(pictures), "drawing", is_shown=cfg.progress):
                     own = facts_of(cfg, one) | ({} if highres is None else highres.facts(one))
@@ -87,6 +100,16 @@ def _given(cfg: GenerateConfig) -> list[tuple[Path, Strength]]:
     plain = cfg.strength or [1.0] * len(cfg.lora)
     strengths = map(Strength, cfg.unet_strength or plain, cfg.text_encoder_strength or plain)
     return list(zip(cfg.lora, strengths, strict=True))
+
+
+def _mask_files(cfg: GenerateConfig) -> list[tuple[str, Path]]:
+    """Return the masks of LoRAs by their names."""
+    return [(lora.stem, mask) for lora, mask in zip(cfg.lora, cfg.lora_mask, strict=False) if mask != Path("none")]
+
+
+def _masks(cfg: GenerateConfig) -> dict[str, Image.Image]:
+    """Return the masks of LoRAs by their names, read."""
+    return {name: open_image(mask) for name, mask in _mask_files(cfg)}
 
 
 def _source(cfg: GenerateConfig) -> Source | None:

@@ -303,7 +303,10 @@ _NETWORK = (
         kind="integer",
         note="nothing needs doing: attached LoRAs draw the same pictures; --network_merge folds all of them",
     ),
-    *_refused("--network_regional_mask_max_color_codes", "LoRAs act on the whole picture; leave it out."),
+    *_refused(
+        "--network_regional_mask_max_color_codes",
+        "masks are pictures of their own here, one for each LoRA: lorasmith generate --lora-mask.",
+    ),
 )
 
 _CONTROL = (

@@ -27,6 +27,7 @@ from lorasmith.picture_run.highres import Highres, fitted
 from lorasmith.picture_run.loras import Loras
 from lorasmith.picture_run.pictures import Picture
 from lorasmith.picture_run.thrift import Thrift
+from lorasmith.regions import Regions
 from lorasmith.sampling import Beginning, Drawing, Inpainting, Perturbation, Wish, draw, draw_latents
 from lorasmith.speed import compile_denoiser, telling_of_compiler, use_channels_last
 
@@ -112,6 +113,7 @@ def drawn(
     source: Source | None = None,
     controls: Controls | None = None,
     highres: Highres | None = None,
+    masks: Mapping[str, Image.Image] | None = None,
 ) -> Iterator[tuple[Picture, Image.Image]]:
     """Yield each picture when it is drawn, in their order.
 
@@ -120,13 +122,15 @@ def drawn(
         source: None: pictures are drawn from noise alone.
         controls: loaded ones.
         highres: None: there is no second pass.
+        masks: white where a LoRA acts, by its name; those without one act everywhere.
     """
     thrift = Thrift(cfg, model)
     layers = perturbed_attention.chosen(model.self_attentions, cfg.pag_layers)
     perturbation = Perturbation(layers, cfg.pag_scale) if cfg.pag_scale else None
     for tags, same in groupby(pictures, key=lambda one: one.loras):
+        regions = Regions([masks.get(tag.name) for tag in tags]) if masks else None
         # compiled code does not notice hooks, through which attached LoRAs act
-        with merging.applied(model, loras.additions(tags), is_folded=is_folded or cfg.compile):
+        with merging.applied(model, loras.additions(tags), is_folded=is_folded or cfg.compile, regions=regions):
             for (size, steps, guidance, sampler, denoise), alike in groupby(same, key=lambda one: one.settings):
                 rest = list(alike)
                 beginning = None if source is None or denoise is None else _beginning(model, source, size, denoise)
