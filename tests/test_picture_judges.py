@@ -56,6 +56,27 @@ def test_clip_is_asked_as_its_own_classes_ask_it(folders: dict[str, Path]) -> No
     torch.testing.assert_close(found, output.logits_per_image.diagonal() / model.logit_scale.exp(), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("kind", "stored"),
+    [
+        ("clip", {"feature_extractor_type": "CLIPFeatureExtractor", "crop_size": 32, "do_center_crop": True,
+                  "size": 32}),
+        ("vit", {"feature_extractor_type": "ViTFeatureExtractor", "do_resize": True, "size": 32}),
+        ("dinov2", {"image_processor_type": "BitImageProcessor", "crop_size": {"height": 32, "width": 32},
+                    "do_center_crop": True, "do_convert_rgb": True, "size": {"shortest_edge": 36}}),
+    ],
+)  # fmt: skip
+def test_what_lies_beside_the_weights_on_the_hub_is_read(tmp_path: Path, kind: str, stored: dict[str, Any]) -> None:
+    """The first CLIP's and DINO's files are of years ago; none of them needs torchvision."""
+    folder = write_clip(tmp_path / kind) if kind == "clip" else write_dino(tmp_path / kind, kind)
+    usual = {"do_normalize": True, "image_mean": [0.5, 0.4, 0.4], "image_std": [0.25, 0.25, 0.25], "resample": 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(usual | stored))
+
+    judge = picture_judges.load(picture_judges.find(str(folder), "--judge"), CPU)
+
+    assert torch.pdist(judge.embed(pictures(3))).min() > 1e-3
+
+
 def test_a_prompt_longer_than_clip_reads_is_cut(folders: dict[str, Path]) -> None:
     judge = picture_judges.load(picture_judges.find(str(folders["clip"]), "--judge"), CPU)
     seen = pictures(2)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from lorasmith import picture_judges, picture_scores, validation
 from lorasmith.cli import main
+from lorasmith.training_run.resuming import with_whole_paths
 from lorasmith.training_run.session import Session
 from tests.tiny import write_tiny
 from tests.tiny_judges import write_clip, write_dino
@@ -246,6 +247,18 @@ def test_a_resumed_run_is_scored_as_it_was(
 
     assert main(["train", "--resume", str(straight), "--steps", "4", *words]) == 2
     assert told in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_embedded_judge_is_kept_by_its_name_also_beside_a_folder_of_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("demo", "dino"):
+        (tmp_path / name).mkdir()
+
+    kept_as = [with_whole_paths({"validation": {"judge": name}})["validation"]["judge"] for name in ("demo", "dino")]
+
+    assert kept_as == ["demo", str(tmp_path / "dino")]
 
 
 @pytest.mark.slow
