@@ -134,3 +134,14 @@ def test_what_only_generate_can_do_is_refused_elsewhere(option: str) -> None:
     check_plain(parse("a cat --d 1 --w 64 --n bad --l 3 --ss ddim"))
     with pytest.raises(UserError, match=r"prompt 'a cat': .* for lorasmith generate"):
         check_plain(parse(f"a cat {option}"))
+
+
+@pytest.mark.parametrize("line", ["caf\udce9", "a cat --n caf\udce9"])
+def test_letters_that_are_none_are_told(line: str, tmp_path: Path) -> None:
+    """From a terminal of another encoding, or half of a pair in JSON: no tokenizer takes them."""
+    with pytest.raises(UserError, match="no text in UTF-8"):
+        parse(line)
+    file = tmp_path / "prompts.json"
+    file.write_text('[{"prompt": "half of an emoji: \\ud83d"}]')
+    with pytest.raises(UserError, match="no text in UTF-8"):
+        read_file(file)

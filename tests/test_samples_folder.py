@@ -44,6 +44,13 @@ def test_moments_of_one_kind_are_on_one_sheet(tmp_path: Path, sheets: list[tuple
     assert [picture.getpixel((0, 0)) for picture in resumed.pictures(10)] == [(9, 0, 0), (9, 1, 0)]
 
 
+def test_more_than_a_hundred_pictures_keep_their_order(tmp_path: Path) -> None:
+    prompts = [str(number) for number in range(112)]
+    folder = SamplesFolder(tmp_path, drawn(prompts, SETTINGS), done=0)
+    folder.add(0, pictures(112))
+    assert [picture.getpixel((0, 0)) for picture in folder.pictures(0)] == [(0, number, 0) for number in range(112)]
+
+
 @pytest.mark.parametrize(
     ("prompts", "settings"),
     [(["a", "c"], SETTINGS), (["b", "a"], SETTINGS), (["a"], SETTINGS), (["a", "b"], SETTINGS | {"guidance": 1.0})],

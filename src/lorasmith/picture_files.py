@@ -20,6 +20,9 @@ _EXIF, _USER_COMMENT = 0x8769, 0x9286  # tags of Exif 2.3
 _QUALITY = 95
 _LONGEST = 200  # bytes of a file's name without its ending; systems allow 255
 _FIELD = re.compile(r"\{(\w*)\}")
+_DEVICE = re.compile(
+    r"(con|prn|aux|nul|(com|lpt)[0-9¹²³])(\.|$)", re.IGNORECASE
+)  # whatever follows the dot, on Windows
 _NO_FILE_NAME = re.compile(r'[/\\:*?"<>|\x00-\x1f]+')
 
 
@@ -80,6 +83,7 @@ class PictureFolder:
     def _free(self, pattern: str, suffix: str, fields: Mapping[str, str]) -> Path:
         name = " ".join(_FIELD.sub(lambda match: _NO_FILE_NAME.sub(" ", fields[match[1]]), pattern).split())
         name = name.encode()[:_LONGEST].decode(errors="ignore").strip(" .") or fields["number"]
+        name = f"_{name}" if _DEVICE.match(name) else name
         path, count = self._path / f"{name}{suffix}", 1
         while path.exists():
             count += 1

@@ -117,6 +117,10 @@ def _scale(value: Any) -> float:
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError("a text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError("letters; this is no text in UTF-8, write it anew or take a file of prompts") from None
     return value
 
 
@@ -145,7 +149,7 @@ def parse(line: str) -> Prompt:
     """Return the prompt in a line with its options.
 
     Raises:
-        UserError: an option that there is not, or one with a wrong value.
+        UserError: an option that there is not, one with a wrong value, or no text in UTF-8.
     """
     text, *options = _OPTION.split(line)
     fields: dict[str, Any] = {}
@@ -155,7 +159,7 @@ def parse(line: str) -> Prompt:
             raise UserError(f"prompt {line!r}: {_unknown_option(name)}")
         field, read = _BY_OPTION[name]
         fields[field] = _read(f"prompt {line!r}: --{name} {value.strip()}", read, value.strip())
-    return Prompt(text.strip(), **fields)
+    return Prompt(_read(f"prompt {line!r}", _text, text.strip()), **fields)
 
 
 def check_plain(prompt: Prompt) -> None:

@@ -51,7 +51,10 @@ class SamplesFolder:
         moment = self._path / f"step-{step:08d}"
         if _read(moment / _DRAWN_FROM) != self._drawn_from:
             return []
-        return [Image.open(path).convert("RGB") for path in sorted(moment.glob("*.png"))]
+        return [
+            Image.open(path).convert("RGB")
+            for path in sorted(moment.glob("*.png"), key=lambda path: (len(path.name), path))
+        ]
 
     def has(self, step: int) -> bool:
         """Return whether the pictures of a moment are there, whatever they were drawn from."""
