@@ -482,6 +482,8 @@ def test_each_prompt_has_its_own_loras(
     both = ["--lora", loras["style"], loras["robot"], "--text-encoder-strength", 0.5, 1, *fold]
     assert difference(pictures[3], draw("a cat", *both)[0]) <= 1
     assert parsed(text_of(pictures[3]))["Prompt"] == "a cat <lora:style:0.5:1> <lora:robot:1>"
+    hashes = [parsed(text_of(picture)).get("Lora hashes", "") for picture in pictures]
+    assert [re.findall(r"(\w+): \w{12}", one) for one in hashes] == [[], ["robot"], [], ["style", "robot"], []]
 
 
 def test_a_prompt_says_otherwise_of_a_lora_that_is_given(

@@ -63,7 +63,7 @@ def run(cfg: GenerateConfig) -> int:
 
         def draw_all(pictures: Sequence[Picture]) -> list[Path]:
             """Draw pictures and return the files that they are written to."""
-            common, files = {**controls.facts(), **facts_of_all(cfg, base.checkpoint, loras)}, []
+            common, files = {**controls.facts(), **facts_of_all(cfg, base.checkpoint)}, []
             if masks:
                 common = {"Lora masks": ", ".join(f"{name}: {file.name}" for name, file in _mask_files(cfg)), **common}
             with telling_of_memory(cfg, base, pictures, written):
@@ -79,7 +79,7 @@ def run(cfg: GenerateConfig) -> int:
                     masks=masks,
                 )
                 for one, picture in counted(found, len(pictures), "drawing", is_shown=cfg.progress):
-                    own = facts_of(cfg, one) | ({} if highres is None else highres.facts(one))
+                    own = facts_of(cfg, one, loras) | ({} if highres is None else highres.facts(one))
                     fields = {**fields_of(cfg, one), "width": str(picture.width), "height": str(picture.height)}
                     text = parameters(shown_prompt(one), one.negative, {**own, **common})
                     files.append(folder.add(picture, text, fields, one.file))

@@ -181,12 +181,10 @@ def _chosen(text: str, draws: random.Random) -> str:
 
 
 def _texts(cfg: GridConfig, base: Base, loras: Loras, pictures: Iterable[Picture]) -> Iterator[str]:
-    """Yield what each picture's file says of it; of the LoRAs, only those that it is drawn with."""
-    common, hashes = facts_of_all(cfg, base.checkpoint, loras), loras.hashes()
+    """Yield what each picture's file says of it."""
+    common = facts_of_all(cfg, base.checkpoint)
     for one in pictures:
-        own = ", ".join(f"{tag.name}: {hashes[tag.name]}" for tag in one.loras)
-        facts = {**facts_of(cfg, one), **common, "Lora hashes": own}
-        yield parameters(shown_prompt(one), one.negative, {name: value for name, value in facts.items() if value})
+        yield parameters(shown_prompt(one), one.negative, {**facts_of(cfg, one, loras), **common})
 
 
 def _marks(cfg: GridConfig, base: Base, wanted: Iterable[Wanted], texts: Mapping[str, str]) -> dict[str, str]:

@@ -73,10 +73,6 @@ class Tried:
     def tags(self) -> tuple[LoraTag, ...]:
         return () if self.lora is None else (LoraTag(self.lora.stem, self.strength, self.strength),)
 
-    def facts(self, hashes: Mapping[str, str]) -> dict[str, str]:
-        """Return what is written into its pictures of the LoRA, by WebUI's names."""
-        return {} if self.lora is None else {"Lora hashes": f"{self.lora.stem}: {hashes[self.lora.stem]}"}
-
 
 @dataclass(frozen=True)
 class Judged:
@@ -114,9 +110,7 @@ def run(cfg: JudgeConfig) -> int:
         notes = [f"{len(training)} training pictures of {cfg.pictures}, seen by {choice.title}"]
         for line in [*base.told(cfg.base), *loras.told(), *notes]:
             print(harmless(line), flush=True)
-        hashes = loras.hashes()
-        common = facts_of_all(cfg, base.checkpoint, loras)
-        del common["Lora hashes"]  # of all
+        common = facts_of_all(cfg, base.checkpoint)
         with telling_of_memory(cfg, base, pictures, f"The pictures that were drawn are in {cfg.output}."):
             bench = Bench(picture_judges.load(choice, base.device), map(open_image, training))
             for line in (unscored := _not_scored(choice, bench, drawings)):
@@ -126,7 +120,7 @@ def run(cfg: JudgeConfig) -> int:
             )
             found = iter(shown)
             judged = [
-                _judged(cfg, bench, each, list(islice(found, len(drawings) + len(rest))), len(drawings), common, hashes)
+                _judged(cfg, bench, each, list(islice(found, len(drawings) + len(rest))), len(drawings), common, loras)
                 for each in tried
             ]
     _tell(cfg, bench, judged, training, [*notes, *unscored])
@@ -240,13 +234,13 @@ def _judged(
     found: Sequence[tuple[Picture, Image.Image]],
     num_own: int,
     common: Mapping[str, str],
-    hashes: Mapping[str, str],
+    loras: Loras,
 ) -> Judged:
     """Write one's pictures into a folder of its own, and look at them."""
     folder = PictureFolder(cfg.output / tried.name.replace(" ", "-"), "{number}-{seed}", "png")
     files = []
     for one, picture in found:
-        text = parameters(shown_prompt(one), one.negative, {**facts_of(cfg, one), **common, **tried.facts(hashes)})
+        text = parameters(shown_prompt(one), one.negative, {**facts_of(cfg, one, loras), **common})
         files.append(folder.add(picture, text, fields_of(cfg, one)))
     seen = [
         bench.look([picture for _, picture in part], [one.prompt for one, _ in part])

@@ -29,8 +29,9 @@ def _tag(tag: LoraTag) -> str:
     return f"<lora:{tag.name}:{':'.join(f'{strength:g}' for strength in strengths)}>"
 
 
-def facts_of(cfg: DrawConfig, one: Picture) -> dict[str, str]:
+def facts_of(cfg: DrawConfig, one: Picture, loras: Loras) -> dict[str, str]:
     """Return what is written into this picture of its own, by WebUI's names."""
+    hashes = ", ".join(f"{name}: {digits}" for name, digits in loras.hashes(one.loras).items())
     return {
         "Steps": str(one.steps),
         "Sampler": _WEBUI_SAMPLERS.get(one.sampler, one.sampler),
@@ -40,10 +41,11 @@ def facts_of(cfg: DrawConfig, one: Picture) -> dict[str, str]:
         "Size": f"{one.size[0]}x{one.size[1]}",
         **({} if one.denoise is None else {"Denoising strength": f"{one.denoise:g}"}),
         **({} if one.negative_guidance is None else {"Negative guidance": f"{one.negative_guidance:g}"}),
+        **({"Lora hashes": hashes} if hashes else {}),
     }
 
 
-def facts_of_all(cfg: DrawConfig, checkpoint: Checkpoint, loras: Loras) -> dict[str, str]:
+def facts_of_all(cfg: DrawConfig, checkpoint: Checkpoint) -> dict[str, str]:
     """Return what is written into every picture after what is its own."""
     facts = {"Model": model_name(cfg)}
     if checkpoint.path.is_file():
@@ -56,8 +58,6 @@ def facts_of_all(cfg: DrawConfig, checkpoint: Checkpoint, loras: Loras) -> dict[
         facts["CFG Rescale"] = f"{cfg.guidance_rescale:g}"
     if cfg.pag_scale:
         facts |= {"PAG Scale": f"{cfg.pag_scale:g}", "PAG Layers": " ".join(cfg.pag_layers)}
-    if hashes := loras.hashes():
-        facts["Lora hashes"] = ", ".join(f"{name}: {digits}" for name, digits in hashes.items())
     return {**facts, "Version": f"lorasmith {lorasmith.__version__}"}
 
 

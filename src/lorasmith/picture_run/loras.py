@@ -37,6 +37,7 @@ class Loras:
             lying = [path for path in sorted(folder.rglob("*")) if path.suffix in _SUFFIXES]
             self._files = {**_by_name(lying), **self._files}
         self._read: dict[str, Addition] = {}
+        self._hashes: dict[str, str] = {}
         self._given = [LoraTag(path.stem, strength.unet, strength.text_encoder) for path, strength in given]
         for tag in self._given:
             self._addition(tag.name)
@@ -74,9 +75,12 @@ class Loras:
         strengths = [(self._read[tag.name], Strength(tag.unet, tag.text_encoder)) for tag in tags]
         return [addition.at(strength, self._places) for addition, strength in strengths]
 
-    def hashes(self) -> dict[str, str]:
-        """Return the hash of each LoRA that is used, as WebUI shows it: 12 digits of that of its tensors."""
-        return {name: _lora_hash(addition.file.files[0])[:12] for name, addition in self._read.items()}
+    def hashes(self, tags: Sequence[LoraTag]) -> dict[str, str]:
+        """Return the hash of each of these LoRAs, as WebUI shows it: 12 digits of that of its tensors."""
+        for tag in tags:
+            if tag.name not in self._hashes:
+                self._hashes[tag.name] = _lora_hash(self._read[tag.name].file.files[0])[:12]
+        return {tag.name: self._hashes[tag.name] for tag in tags}
 
     def told(self) -> list[str]:
         """Return a line for each LoRA."""
