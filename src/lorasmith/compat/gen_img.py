@@ -394,7 +394,7 @@ _SCRIPT = Script(
         "to a multiple of 8, not 32. The mask has the picture's size. The prompt is not read from the picture.",
         "Several ControlNets act in the same steps, and what they add is summed; sd-scripts takes turns between them. "
         "`--guide_image_path` is one picture for all of them, or one for each; each is cut to `--W` and `--H`. Edges "
-        "are found in the colours, not in grey. Files that hold only a difference from a model are refused.",
+        "are found in the colours, not in grey.",
         "With `--highres_fix_scale` both passes have the same seed, where sd-scripts adds 1 for the second; `--w`, "
         "`--h`, `--s` and `--t` in a prompt are refused then, for they would be of the first pass.",
         "Files are `00001-SEED.png`, with `--sequential_file_name` `im_00001.png`; numbers go on after the highest "

@@ -9,7 +9,7 @@ describe a file.
 import json
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -805,6 +805,12 @@ def encoder_settings(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return how diffusers is to build the U-Net's way down and middle, of which ControlNets have a copy."""
     loader = Loader(checkpoint, torch.device("meta"))
     return _encoder_settings(_require_layout(loader.shapes), loader)
+
+
+def unet_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+    """Yield the U-Net's tensors by the names of its modules, one at a time."""
+    shapes = _shapes(checkpoint)
+    return keys.read(_require_layout(shapes).unet, shapes.keys(), checkpoint.tensor)
 
 
 def _encoder_settings(layout: _Layout, loader: Loader) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorasmith.checkpoint import Checkpoint
 from lorasmith.errors import UserError
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _CONTEXT = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
 _PROJECTION = "down_blocks.0.attentions.0.proj_in.weight"
 _FIRST = "conv_in.weight"
+_DIFFERENCE = "difference"  # a tensor that marks a file of differences from a model's U-Net (extracted by kohya-ss)
 _PICTURE = "controlnet_cond_embedding.conv_in.weight"
 
 
@@ -64,10 +65,6 @@ def check(checkpoint: Checkpoint, base: Path, facts: ModelFacts) -> None:
             f"{checkpoint.path} is no ControlNet for Stable Diffusion 1.x or 2.x; give one as lllyasviel's file or "
             "diffusers' folder. (T2I adapters, ControlNet-LLLite, and ControlNets of other models are not.)"
         )
-    if "difference" in shapes:
-        raise UserError(
-            f"{checkpoint.path} holds only how a ControlNet differs from its model; give the ControlNet itself."
-        )
     own = keys.shapes(table, shapes)
     family: Family = "sd2" if len(own[_PROJECTION]) == 2 else "sd1"
     if family != facts.family:
@@ -104,7 +101,20 @@ def load(checkpoint: Checkpoint, base: Checkpoint, *, dtype: torch.dtype, device
             conditioning_embedding_out_channels=[loader.shape(table, layer)[0] for layer in picture_layers],
             **_said(checkpoint.path),
         )
-    return StableDiffusionControl(loader.load("ControlNet", empty, table, dtype))
+    net = loader.load("ControlNet", empty, table, torch.float32)
+    if _DIFFERENCE in loader.shapes:
+        _add_base(net, base)
+    return StableDiffusionControl(net.to(dtype))
+
+
+@torch.no_grad()
+def _add_base(net: nn.Module, base: Checkpoint) -> None:
+    """Add the model to a ControlNet that is a difference from one; of an inpainting model, what its latents go to."""
+    own = net.state_dict()
+    for name, tensor in sd.unet_tensors(base):
+        if name in own:
+            part = tensor[:, : own[name].shape[1]] if name == _FIRST else tensor
+            own[name] += part.to(own[name])
 
 
 def _said(path: Path) -> dict[str, Any]:
