@@ -272,6 +272,8 @@ def test_options_of_a_prompt_and_a_file_of_prompts(draw: Callable[..., list[Path
         "2", "Euler", "3", "5", "72x56"
     ]  # fmt: skip
     assert Image.open(first).size == (72, 56) and Image.open(second).size == (64, 64)
+    # DPM++ 2M without a schedule is one with karras sigmas to WebUI
+    assert "Schedule type" not in facts and parsed(text_of(second))["Schedule type"] == "Uniform"
     assert is_same(first, draw("a cat", "--negative", "bad", "--sampler", "euler", "--guidance", 3, "--seed", 5,
                                size="72,56", steps=2)[0])  # fmt: skip
 
@@ -544,7 +546,7 @@ def test_what_a_picture_was_drawn_from_is_in_its_file(
         "Prompt": f"{prompt} <lora:robot:0.5>",
         "Negative prompt": 'bad, "worse"',
         "Steps": "3", "Sampler": "DPM++ 2M", "Schedule type": "Karras", "CFG scale": "7.5", "Seed": "7",
-        "Size": "64x64", "Model hash": file_sha256(base)[:10], "Model": "mini", "Clip skip": "2",
+        "Size": "64x64", "Model hash": file_sha256(base)[:10], "Model": "mini", "Clip skip": "2", "RNG": "CPU",
         "Lora hashes": f"robot: {model_hash(loras['robot'].read_bytes())[:12]}",
         "Version": parsed(text_of(picture))["Version"],
     }  # fmt: skip

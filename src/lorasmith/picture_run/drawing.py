@@ -265,6 +265,7 @@ def _out_of_memory(cfg: DrawConfig, base: Base, pictures: Sequence[Drawing], wri
         *(["--on-out-of-memory retry, which finds what fits"] if is_stopped else []),
         *([f"a lower --batch-size than {cfg.batch_size}"] if is_stopped and cfg.batch_size > 1 else []),
         *(["--attention sliced"] if is_stopped and cfg.attention != "sliced" else []),
+        *(["--vae-tiling on"] if cfg.vae_tiling != "on" else []),
         *(["--precision bf16, which takes half"] if base.precision == "fp32" else []),
         f"a smaller --size than {width},{height}",
         "closing other programs",

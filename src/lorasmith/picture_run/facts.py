@@ -17,6 +17,7 @@ _WEBUI_SAMPLERS = {
     "dpm++": "DPM++ 2M", "ddim": "DDIM", "euler": "Euler", "euler_a": "Euler a", "heun": "Heun", "dpm_2": "DPM2",
     "dpm_2_a": "DPM2 a", "lms": "LMS", "pndm": "PLMS", "unipc": "UniPC",
 }  # fmt: skip
+_KARRAS_UNLESS_SAID = ("dpm++", "dpm_2", "dpm_2_a")  # by WebUI, which calls our normal sigmas uniform
 
 
 def shown_prompt(one: Picture) -> str:
@@ -35,7 +36,7 @@ def facts_of(cfg: DrawConfig, one: Picture, loras: Loras) -> dict[str, str]:
     return {
         "Steps": str(one.steps),
         "Sampler": _WEBUI_SAMPLERS.get(one.sampler, one.sampler),
-        **({} if cfg.sigmas == "normal" else {"Schedule type": cfg.sigmas.capitalize()}),
+        **_schedule_type(cfg.sigmas, one.sampler),
         "CFG scale": f"{one.guidance:g}",
         "Seed": str(one.seed),
         "Size": f"{one.size[0]}x{one.size[1]}",
@@ -43,6 +44,12 @@ def facts_of(cfg: DrawConfig, one: Picture, loras: Loras) -> dict[str, str]:
         **({} if one.negative_guidance is None else {"Negative guidance": f"{one.negative_guidance:g}"}),
         **({"Lora hashes": hashes} if hashes else {}),
     }
+
+
+def _schedule_type(sigmas: str, sampler: str) -> dict[str, str]:
+    if sigmas == "normal":
+        return {"Schedule type": "Uniform"} if sampler in _KARRAS_UNLESS_SAID else {}
+    return {"Schedule type": sigmas.capitalize()}
 
 
 def facts_of_all(cfg: DrawConfig, checkpoint: Checkpoint) -> dict[str, str]:
@@ -58,7 +65,7 @@ def facts_of_all(cfg: DrawConfig, checkpoint: Checkpoint) -> dict[str, str]:
         facts["CFG Rescale"] = f"{cfg.guidance_rescale:g}"
     if cfg.pag_scale:
         facts |= {"PAG Scale": f"{cfg.pag_scale:g}", "PAG Layers": " ".join(cfg.pag_layers)}
-    return {**facts, "Version": f"lorasmith {lorasmith.__version__}"}
+    return {**facts, "RNG": "CPU", "Version": f"lorasmith {lorasmith.__version__}"}  # WebUI draws noise on the GPU else
 
 
 def known_sha256(path: Path) -> str:
