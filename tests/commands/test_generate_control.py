@@ -3,7 +3,9 @@
 import copy
 import json
 import re
+import shutil
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +173,7 @@ def test_drawing_on_from_a_picture_and_in_a_mask_is_as_in_diffusers(
     assert np.abs(pixels(masked) - pixels(whole)).max() > 5
 
 
+@pytest.mark.slow
 def test_one_that_averages_acts_on_the_conditional_prediction_alone_as_in_diffusers(
     draw: Callable[..., Path], controls: dict[str, Path], shapes: dict[str, Path]
 ) -> None:
@@ -195,6 +198,29 @@ def test_every_form_of_a_controlnet_is_the_same(
     assert all((drawn(name) == folder).all() for name in ("diffusion_pytorch_model", "cut", "whole"))
     assert np.abs(drawn("difference") - folder).max() <= 1
     assert (drawn("depth") != folder).any()
+
+
+def test_one_of_the_hub_is_fetched_without_what_is_not_needed(
+    draw: Callable[..., Path], controls: dict[str, Path], shapes: dict[str, Path], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    (controls["lines"] / "diffusion_pytorch_model.bin").write_bytes(b"the same again")
+
+    def fetch(name: str, allow_patterns: list[str]) -> str:
+        assert name == "somebody/lines"
+        taken = [path for path in controls["lines"].iterdir() if any(fnmatch(path.name, p) for p in allow_patterns)]
+        for path in taken:
+            shutil.copy(path, tmp_path)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    fetched = draw("--control", "somebody/lines", "--control-picture", shapes["shapes"], steps=1)
+    here = draw("--control", controls["lines"], "--control-picture", shapes["shapes"], steps=1)
+    assert (pixels(fetched) == pixels(here)).all()
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == [
+        "config.json", "diffusion_pytorch_model.safetensors"
+    ]  # fmt: skip
+    assert "Model: lines," in facts(fetched)
 
 
 def test_what_is_drawn_beside_a_picture_does_not_change_it(

@@ -106,6 +106,7 @@ def test_without_a_mask_all_is_drawn_as_in_a_white_one(draw: Callable[..., Any],
     assert np.abs(plain - masked).max() > 5
 
 
+@pytest.mark.slow
 def test_with_a_controlnet_as_in_diffusers(draw: Callable[..., Any], pictures: dict[str, Path], tmp_path: Path) -> None:
     """ControlNets are for plain models: they are shown the latents alone."""
     control = build_tiny_control()
