@@ -61,9 +61,9 @@ def test_what_is_compiled_and_how(base: Path, lora: Path, tmp_path: Path, monkey
     """LoRAs are folded then: compiled code does not notice the hooks of attached ones."""
     compiled, folded, applied = list[Any](), list[bool](), merging.applied
 
-    def watch(*args: Any, is_folded: bool) -> Any:
+    def watch(*args: Any, is_folded: bool, **options: Any) -> Any:
         folded.append(is_folded)
-        return applied(*args, is_folded=is_folded)
+        return applied(*args, is_folded=is_folded, **options)
 
     monkeypatch.setattr(merging, "applied", watch)
     expected = draw(base, lora, tmp_path / "expected")
