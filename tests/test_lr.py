@@ -123,6 +123,12 @@ def test_the_floor_is_where_it_ends(name: str, total: int, floor: float) -> None
     assert all(later <= value + 1e-12 for value, later in pairwise(values))
 
 
+@pytest.mark.parametrize("name", ["linear", "cosine", "cosine_restarts", "polynomial", "warmup_stable_decay"])
+def test_after_its_last_step_it_stays_at_the_floor(name: str) -> None:
+    schedule = Schedule(name, 10, 2, cycles=2, power=2.0, decay_steps=4, floor=0.25)
+    assert [schedule.multiplier(step) for step in (10, 11, 40)] == pytest.approx([0.25] * 3)
+
+
 def test_shares_of_the_run_are_turned_into_steps() -> None:
     schedule = lr.resolve("warmup_stable_decay", 400, **defaults(warmup_steps=0.05, decay_steps=0.25))
     assert (schedule.warmup_steps, schedule.decay_steps) == (20, 100)

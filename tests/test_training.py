@@ -17,8 +17,9 @@ from lorasmith.diffusion import stable_diffusion_schedule
 from lorasmith.errors import UserError
 from lorasmith.losses import Objective
 from lorasmith.models.base import Conditioning, LatentDiffusion
+from lorasmith.noise import NoiseDraws
 from lorasmith.processes import Processes
-from lorasmith.training import STOP_SIGNALS, LossNotFiniteError, Stepper, latents_of, weighted_loss
+from lorasmith.training import STOP_SIGNALS, LossNotFiniteError, Stepper, latents_of, sample_losses, weighted_loss
 
 CHANNELS, SIDE = 4, 3
 
@@ -330,3 +331,15 @@ def test_cached_and_uncached_latents_make_the_same_step() -> None:
     fresh = samples(4, is_cached=False)
     cached = replace(fresh, pixels=None, latents=latents_of(Miniature(), fresh))
     assert torch.equal(step_of(Miniature(), [cached]), step_of(Miniature(), [fresh]))
+
+
+def test_perturbed_noise_is_seen_and_the_other_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """arXiv:2301.11706, algorithm 1; an offset is part of both."""
+    model, batch, seen = Miniature(), samples(3), list[Tensor]()
+    offset, strength = torch.ones(3, CHANNELS, 1, 1), torch.full((3, 1, 1, 1), 0.5)
+    draws = NoiseDraws(offset, strength, 0.0, None, torch.full_like(batch.noise, 0.25))
+    monkeypatch.setattr(Miniature, "forward", lambda self, x_t, t, cond: (seen.append(x_t), torch.zeros_like(x_t))[1])
+    losses = sample_losses(model, replace(batch, noise_draws=draws), model.encode_text)
+    torch.testing.assert_close(losses, (batch.noise + 0.5).square().flatten(1).mean(dim=1))
+    assert batch.latents is not None
+    torch.testing.assert_close(seen[0], model.schedule.add_noise(batch.latents, batch.noise + 0.75, batch.t))
