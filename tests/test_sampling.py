@@ -374,3 +374,17 @@ def test_noise_is_led_to_what_the_model_knows(sampler: str, sigmas: str, kind: s
     assert abs(drawn.mean() - model.mean) < 0.05 and abs(drawn.std() - model.std) < 0.08
     if sampler not in THAT_DRAW:
         torch.testing.assert_close(drawn, model.mean + model.std * z, atol=0.26, rtol=0)
+
+
+@pytest.mark.parametrize("sampler", ["lms", "heun"])
+def test_the_last_steps_alone_keep_what_is_there(sampler: str) -> None:
+    """Drawing on from a picture of what the model knows gives another one; the first step has none before it."""
+    if sampler == "lms":
+        pytest.importorskip("scipy")
+    model: Any = Gaussian(stable_diffusion_schedule("epsilon"))
+    there = model.mean + model.std * torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(9))
+    wish = sampling.Wish([({"text": torch.zeros(1, 1, 1)}, 1.0)], None)
+    settings: dict[str, Any] = {"seeds": [3], "size": (256, 256), "steps": 30, "guidance": 1.0, "sampler": sampler}
+    beginning = sampling.Beginning((there, torch.zeros_like(there)), 0.1)
+    drawn = sampling.draw_latents(model, [wish], **settings, beginning=beginning)[0]
+    assert abs(drawn.mean() - model.mean) < 0.05 and abs(drawn.std() - model.std) < 0.05

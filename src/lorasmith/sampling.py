@@ -52,6 +52,7 @@ SIGMAS = {  # how noise is spread over the steps: diffusers' option for it
 }  # fmt: skip
 _WITH_SIGMAS = ("dpm++", "euler", "heun", "dpm_2", "dpmsolver", "dpmsingle", "unipc", "lms")
 NUM_TIMESTEPS = 1000
+_LMS_ORDER = 4  # of k-diffusion and diffusers
 _ALMOST_NO_SIGNAL = 2**-24  # of alpha_bar, as diffusers takes it where none would divide by 0
 
 
@@ -284,13 +285,16 @@ def draw_latents(
     scheduler.set_timesteps(steps, device=model.device)
     latents, timesteps, blend = _start(model, scheduler, generators, size, steps, beginning)
     shown = latents[:, :0] if inpainting is None else _shown(model, inpainting, generators, size)
-    draws = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    known = inspect.signature(scheduler.step).parameters
+    draws = {"generator": generators} if "generator" in known else {}
     rows = _rows(wishes, is_perturbed=perturbation is not None)
     for done, t in enumerate(timesteps, start=1):
         x_t = torch.cat([scheduler.scale_model_input(latents, t), shown], dim=1)
         acting = [control for control in controls if is_in_share(control.share, done - 1, len(timesteps))]
         prediction = _predict(model, x_t, t, wishes, rows, guidance, rescale, acting, perturbation)
-        latents = blend(scheduler.step(prediction, t, latents, **draws).prev_sample, done)
+        # lms counts the steps before those that are drawn among what it remembers
+        order = {"order": min(done, _LMS_ORDER)} if "order" in known else {}
+        latents = blend(scheduler.step(prediction, t, latents, **draws, **order).prev_sample, done)
         if tick:
             tick(done / len(timesteps))
     return latents
