@@ -394,7 +394,7 @@ def test_pictures_are_of_the_size_of_the_one_that_is_drawn_on_from(
 TWICE = ("--highres-scale", 1.5, "--highres-denoise", 0.5)
 
 
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("batch", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_second_pass_is_drawing_on_from_the_enlarged_picture(
     batch: int, draw: Callable[..., list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -498,7 +498,7 @@ def test_a_prompt_says_otherwise_of_a_lora_that_is_given(
     assert is_same(as_given, draw("a cat", *given)[0]) and not is_same(as_given, stronger)
 
 
-@pytest.mark.parametrize("name", ["robot", "style"])
+@pytest.mark.parametrize("name", ["robot", pytest.param("style", marks=pytest.mark.slow)])
 def test_a_mask_says_where_a_lora_acts(
     name: str, draw: Callable[..., list[Path]], loras: dict[str, Path], tmp_path: Path
 ) -> None:
