@@ -124,10 +124,12 @@ class Wish:
     Args:
         parts: conditionings of one prompt each, (1, ...), with their weights; several are composed (arXiv:2206.01714).
         negative: what guidance leads away from, (1, ...); None: there is one part, which is drawn without guidance.
+        avoided: what is led away from besides, as seen from `negative`, (1, ...), with the scale of that.
     """
 
     parts: Sequence[tuple[Conditioning, float]]
     negative: Conditioning | None
+    avoided: tuple[Conditioning, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -429,8 +431,8 @@ def drawn_steps(steps: int, denoise: float) -> int:
     return int(steps * denoise)
 
 
-_NEGATIVE, _PERTURBED = -1, -2
-_Row = tuple[int, int]  # picture; part of its wish, _NEGATIVE, or for a part without self-attentions _PERTURBED - part
+_NEGATIVE, _AVOIDED, _PERTURBED = -1, -2, -3
+_Row = tuple[int, int]  # picture; part of its wish, one of these, or without self-attentions _PERTURBED - part
 
 
 def _rows(wishes: Sequence[Wish], *, is_perturbed: bool) -> list[tuple[list[_Row], Conditioning]]:
@@ -442,8 +444,9 @@ def _rows(wishes: Sequence[Wish], *, is_perturbed: bool) -> list[tuple[list[_Row
         ((number, _NEGATIVE), wish.negative) for number, wish in enumerate(wishes) if wish.negative is not None
     ]
     rows += [((number, part), cond) for number, wish in enumerate(wishes) for part, (cond, _) in enumerate(wish.parts)]
+    rows += [((number, _AVOIDED), wish.avoided[0]) for number, wish in enumerate(wishes) if wish.avoided is not None]
     if is_perturbed:
-        rows += [((number, _PERTURBED - part), cond) for (number, part), cond in rows if part != _NEGATIVE]
+        rows += [((number, _PERTURBED - part), cond) for (number, part), cond in rows if part >= 0]
     batches: dict[Any, list[tuple[_Row, Conditioning]]] = {}
     for row, cond in rows:
         kind = row[1] <= _PERTURBED, *((name, value.shape) for name, value in cond.items())
@@ -470,7 +473,8 @@ def _predict(
     found: dict[_Row, Tensor] = {}
     for own, cond in rows:
         x_own, t_own = x_t[[picture for picture, _ in own]], t.expand(len(own))
-        added = _added(controls, x_own[:, : model.latent_channels], t_own, cond, [part == _NEGATIVE for _, part in own])
+        is_negative = [part in (_NEGATIVE, _AVOIDED) for _, part in own]
+        added = _added(controls, x_own[:, : model.latent_channels], t_own, cond, is_negative)
         with perturbed(model.denoiser, layers if own[0][1] <= _PERTURBED else []):
             prediction = model(x_own, t_own, cond, added)
         # a copy, since CUDA graphs write what they predict next into the same place
@@ -497,13 +501,16 @@ def _guided(
 ) -> Tensor:
     """Return unconditional + guidance * sum of weight * (conditional - unconditional), (C, h, w).
 
-    To which perturbed scale * sum of weight * (conditional - perturbed) is added, arXiv:2403.17377, equation 16.
+    From which scale * (avoided - unconditional) is taken, and to which perturbed scale * sum of weight * (conditional -
+    perturbed) is added, arXiv:2403.17377, equation 16.
     """
     if wish.negative is None:
         return found[number, 0] + _away_from_perturbed(number, wish, found, perturbed_scale)
     negative = found[number, _NEGATIVE]
     changes = [weight * (found[number, part] - negative) for part, (_, weight) in enumerate(wish.parts)]
     guided = negative + guidance * sum(changes[1:], changes[0])
+    if wish.avoided is not None:
+        guided = guided - wish.avoided[1] * (found[number, _AVOIDED] - negative)
     guided = guided + _away_from_perturbed(number, wish, found, perturbed_scale)
     if not rescale:
         return guided

@@ -227,6 +227,8 @@ def test_the_negative_prompt_may_have_a_scale_of_its_own(draw: Callable[..., lis
     )
     assert difference(usual, same) <= 1 and difference(none, draw("a cat")[0]) <= 1
     assert min(difference(own, other) for other in (usual, none)) > 1
+    others = ("--negative", "bad", "--pag-scale", 2, "--guidance-rescale", 0.7, "--batch-size", 2)
+    assert difference(*draw("a cat", "a cat --nl 6.5", *others)) <= 1
     [by_option] = draw("a cat", "--negative", "bad", "--negative-guidance", 2)
     assert difference(own, by_option) <= 1 and parsed(text_of(own))["Negative guidance"] == "2"
 
@@ -515,7 +517,8 @@ def test_a_mask_says_where_a_lora_acts(
     alone = draw(prompts[1], *given, "--lora-mask", tmp_path / "part.png")
     assert difference(part[1], alone[0]) <= 1 and min(difference(part[0], one[0]) for one in (base, whole)) > 1
     assert parsed(text_of(part[0]))["Lora masks"] == f"{name}: part.png"
-    assert is_same(draw(prompts[0])[0], base[0])
+    left_out = draw(f"{prompts[0]} <lora:{name}:0>", *given, "--lora-mask", tmp_path / "part.png")
+    assert is_same(left_out[0], base[0]) and is_same(draw(prompts[0])[0], base[0])
 
 
 def test_a_lora_that_has_to_be_folded_can_have_no_mask(
@@ -633,6 +636,7 @@ MASKED = ["--base", "BASE", "--lora", "ROBOT", "--lora-mask", "PICTURE"]
         (["a cat", "--base", "BASE", "--lora", "SD2"], "is a LoRA for SD 2.x, and the model is SD 1.x"),
         (["{3$$a|b}", "--base", "BASE"], "asks for 3 of 2 variants"),
         (["a cat --am 1,2", "--base", "BASE", "--lora", "ROBOT"], "--am 1,2 has 2 strengths for 1 LoRAs of --lora"),
+        (["a cat --n <lora:robot>", "--base", "BASE", "--lora", "ROBOT"], "<lora:robot> stands in a negative prompt"),
         (["a <lora:robot> --am 1", "--base", "BASE", "--lora", "ROBOT"], "--am and <lora:robot> both say"),
         (["a cat --t 0.5", "--base", "BASE"], "--t 0.5 is for drawing on from a picture; give it with --init"),
         (["a cat --t 0.01", "--base", "BASE", "--init", "PICTURE"], "0.01 of 20 steps is less than one"),

@@ -202,6 +202,11 @@ def _of_prompt(cfg: GenerateConfig, usual: Drawing, prompt: Prompt, loras: Loras
         shown, tags = prompt_syntax.take_loras(text)
         draws = random.Random(derive(seed, "variants of a negative prompt"))
         for negative in prompt_syntax.chosen(asked.negative, draws):
+            if named := prompt_syntax.take_loras(negative)[1]:
+                raise UserError(
+                    f"<lora:{named[0].name}> stands in a negative prompt, where no LoRA can; put it into the prompt, "
+                    "with a strength below 0 if it is to act the other way."
+                )
             drawing = replace(asked, prompt=shown, negative=negative, seed=seed)
             yield Picture(**vars(drawing), loras=loras.used(tags, prompt.strengths), **own)
 

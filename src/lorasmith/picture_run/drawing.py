@@ -128,7 +128,8 @@ def drawn(
     layers = perturbed_attention.chosen(model.self_attentions, cfg.pag_layers)
     perturbation = Perturbation(layers, cfg.pag_scale) if cfg.pag_scale else None
     for tags, same in groupby(pictures, key=lambda one: one.loras):
-        regions = Regions([masks.get(tag.name) for tag in tags]) if masks else None
+        own_masks = [(masks or {}).get(tag.name) for tag in tags]
+        regions = Regions(own_masks) if any(own_masks) else None
         # compiled code does not notice hooks, through which attached LoRAs act
         with merging.applied(model, loras.additions(tags), is_folded=is_folded or cfg.compile, regions=regions):
             for (size, steps, guidance, sampler, denoise), alike in groupby(same, key=lambda one: one.settings):
@@ -222,25 +223,28 @@ def _wishes(model: LatentDiffusion, batch: Sequence[Picture]) -> list[Wish]:
     texts = [_texts(one) for one in batch]
     encoded = {
         text: model.encode_text([text])
-        for text in dict.fromkeys(text for parts, away in texts for text in (*dict(parts), away))
+        for text in dict.fromkeys(text for parts, *others in texts for text in (*dict(parts), *others))
         if text is not None
     }
     return [
-        Wish([(encoded[text], weight) for text, weight in parts], None if away is None else encoded[away])
-        for parts, away in texts
+        Wish(
+            [(encoded[text], weight) for text, weight in parts],
+            None if away is None else encoded[away],
+            None if avoided is None else (encoded[avoided], one.negative_guidance or 0),
+        )
+        for one, (parts, away, avoided) in zip(batch, texts, strict=True)
     ]
 
 
-def _texts(one: Picture) -> tuple[list[tuple[str, float]], str | None]:
-    """Return the prompts of a picture with their weights, and what guidance leads away from; None: there is none.
+def _texts(one: Picture) -> tuple[list[tuple[str, float]], str | None, str | None]:
+    """Return the prompts of a picture with their weights, what guidance leads away from, and what else; None: nothing.
 
-    A scale of its own for the negative prompt makes it a part, of which that much is taken away; guidance then leads
-    away from what the model predicts without a prompt.
+    Where the negative prompt has a scale of its own, guidance leads away from what the model predicts without a prompt.
     """
     parts = prompt_syntax.composed(one.prompt)
     if one.negative_guidance is not None:
-        return [*parts, (one.negative, -one.negative_guidance / one.guidance)], ""
-    return parts, one.negative if one.guidance > 1 or len(parts) > 1 else None
+        return parts, "", one.negative
+    return parts, one.negative if one.guidance > 1 or len(parts) > 1 else None, None
 
 
 @contextmanager
