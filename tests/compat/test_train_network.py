@@ -229,7 +229,7 @@ def test_an_option_that_does_nothing_alone_is_left_out_with_a_note(flag: Flag) -
         (["--optimizer_type=Lion"], {"optimizer.weight_decay": 0.0}),
         (["--optimizer_type=DAdaptAdam", "--optimizer_args", "weight_decay=0.2"],
          {"optimizer.weight_decay": 0.2, "optimizer.optimizer_args": ["decouple=False"]}),
-        (["--optimizer_type=DAdaptSGD", "--optimizer_args", "weight_decay=0.2", "decouple=True"],
+        (["--optimizer_type=DAdaptAdam", "--optimizer_args", "weight_decay=0.2", "decouple=True"],
          {"optimizer.weight_decay": 0.2, "optimizer.optimizer_args": ["decouple=True"]}),
         (["--optimizer_type=torch.optim.Adagrad", "--optimizer_args", "weight_decay=0"],
          {"optimizer.weight_decay": 0.0}),

@@ -49,7 +49,7 @@ _OPTIMIZERS = {  # in lower case -> here
 }  # fmt: skip
 _PACKAGES_OWN = {  # what an argument is there if it is left out, where lorasmith has something else
     "adafactor": {"relative_step": True, "scale_parameter": True},
-    "dadapt_adam": {"decouple": False}, "dadapt_sgd": {"decouple": False},
+    "dadapt_adam": {"decouple": False},
 }  # fmt: skip
 _SAMPLERS = (
     "ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++", "dpmsingle",

@@ -15,7 +15,7 @@ def build(
     param_groups: Iterable[dict[str, Any]],
     *,
     weight_decay: float = 0.01,
-    betas: tuple[float, float] = (0.9, 0.999),
+    betas: tuple[float, float] = (0.9, 0.99),
     decouple: bool = True,
     d0: float = 1e-6,
 ) -> torch.optim.Optimizer:

@@ -1,7 +1,7 @@
 """D-Adaptation of SGD (Defazio & Mishchenko 2023, https://arxiv.org/abs/2301.07733).
 
-It estimates its learning rate. Arguments are called as in the authors' package, dadaptation; weight decay is decoupled
-unless told otherwise.
+It estimates its learning rate. Arguments are called as in the authors' package, dadaptation; weight decay is part of
+the gradient (L2), as there: what is decoupled would not reach the sum of steps that the weights are made of.
 """
 
 import math
@@ -17,7 +17,6 @@ def build(
     *,
     weight_decay: float = 0.01,
     momentum: float = 0.9,
-    decouple: bool = True,
     growth_rate: float = math.inf,
     d0: float = 1e-6,
 ) -> torch.optim.Optimizer:
@@ -26,7 +25,7 @@ def build(
         list(param_groups),
         weight_decay=weight_decay,
         momentum=momentum,
-        weight_decouple=decouple,
+        weight_decouple=False,
         growth_rate=growth_rate,
         d0=d0,
     )

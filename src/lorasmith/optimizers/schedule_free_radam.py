@@ -21,7 +21,8 @@ def build(
     weight_lr_power: float = 2.0,
 ) -> torch.optim.Optimizer:
     """Return it over groups of parameters that each carry their own `lr`."""
-    return ScheduleFreeRAdam(
+    kind = ScheduleFreeRAdam if silent_sgd_phase else _BeginningWithSGD
+    return kind(
         list(param_groups),
         weight_decay=weight_decay,
         betas=betas,
@@ -30,3 +31,11 @@ def build(
         r=r,
         weight_lr_power=weight_lr_power,
     )
+
+
+class _BeginningWithSGD(ScheduleFreeRAdam):
+    """Takes its first steps, those of SGD, with the rate that is given; 4.1 of the package takes them with 1."""
+
+    @staticmethod
+    def get_rectify_step_size(**options: Any) -> tuple[float, float]:
+        return ScheduleFreeRAdam.get_rectify_step_size(**{**options, "degenerated_to_sgd": True})
