@@ -1833,12 +1833,11 @@ class JudgeConfig(DrawConfig):
 
     lora: list[Place] = Field(
         default=[],
-        description="LoRA files of any program, or output folders of runs, of which all LoRAs are taken.",
+        description="LoRA files of any program, or output folders of runs, of which all LoRAs are taken in the order "
+        "of their steps.",
         json_schema_extra={"positional": "LORA"},
     )
-    pictures: Place | None = Field(
-        default=None, description="Folder of the training pictures, with the folders in it."
-    )
+    pictures: Place | None = Field(default=None, description="Folder of the training pictures, with the folders in it.")
     judge: PlaceOrHubId | None = Field(
         default=None,
         description="What compares pictures: the folder or hub id of a CLIP, or of a DINO, which sees pictures alone; "
@@ -1858,7 +1857,9 @@ class JudgeConfig(DrawConfig):
         default=1, description="Seed of each prompt's first picture, the others count up."
     )
     output: Place = Field(
-        default=Path("judged"), description="Folder for page, scores and pictures; nothing may be there yet."
+        default=Path("judged"),
+        description="Folder for page, scores and pictures; where other ones lie in it, the next number is put after "
+        "its name.",
     )
 
     @model_validator(mode="after")
@@ -1901,7 +1902,7 @@ class GridConfig(DrawConfig):
         default=[], description="The same of what has a sheet of its own for each; left out, what is in neither."
     )
     cell_size: Annotated[int, Field(ge=32)] | None = Field(
-        default=None, description="Longer side of pictures on the sheets; left out, that of the pictures."
+        default=None, description="Longer side of pictures on the sheets, at most; left out, as long as they are."
     )
     lora_folder: Place | None = Field(
         default=None, description="Folder, with the folders in it, of other LoRAs that prompts may name."

@@ -13,10 +13,10 @@ from PIL import Image
 
 from lorasmith import grid_sheet, model_families
 from lorasmith.cli import main
-from lorasmith.commands import generate, grid
+from lorasmith.commands import generate
 from lorasmith.config import DrawConfig
 from lorasmith.formats import kohya
-from lorasmith.picture_run import drawing
+from lorasmith.picture_run import comparing, drawing
 from tests.commands.test_generate import is_same, parsed, text_of, write_lora
 from tests.tiny import write_tiny
 
@@ -43,14 +43,14 @@ def loaded() -> dict[Any, Any]:
 @pytest.fixture
 def draw(base: Path, tmp_path: Path, loaded: dict[Any, Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Run a command quickly and return its folder, which is new; the model is loaded once for all."""
-    count, load = iter(range(1000)), grid.load
+    count, load = iter(range(1000)), comparing.load
 
     def load_once(cfg: DrawConfig, *rest: Any) -> Any:
         if cfg.base not in loaded:
             loaded[cfg.base] = load(cfg, *rest)
         return loaded[cfg.base]
 
-    for command in (grid, generate):
+    for command in (comparing, generate):
         monkeypatch.setattr(command, "load", load_once)
 
     def run(command: str, *arguments: object, output: Path | None = None, code: int = 0) -> Path:
@@ -150,7 +150,7 @@ def test_a_grid_that_was_stopped_goes_on_with_what_is_there(
     draw(*command, "--guidance", 3, output=place)
     assert len(calls) == 4 + 3 + 6
     assert {path.name for path in tmp_path.iterdir()} >= {"grid", "grid-2", "grid-3"}
-    assert "this grid goes into" in capsys.readouterr().out
+    assert "this goes into" in capsys.readouterr().out
     assert before == {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
 
 

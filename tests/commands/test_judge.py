@@ -18,6 +18,7 @@ from lorasmith.adapters.lora import LoRA
 from lorasmith.checkpoint import open_checkpoint
 from lorasmith.cli import main
 from lorasmith.formats import kohya
+from lorasmith.picture_run import drawing
 from tests.tiny import write_tiny
 from tests.tiny_judges import write_clip, write_dino
 
@@ -59,15 +60,21 @@ def write_lora(path: Path, base: Path, std: float, seed: int) -> Path:
 
 @pytest.fixture(scope="module")
 def judge(given: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
-    def run(judge: str, *more: object, loras: Path | None = None, pictures: Path | None = None) -> dict[str, Any]:
-        output = tmp_path_factory.mktemp("judged") / "out"
+    def run(
+        judge: str, *more: object, loras: Path | None = None, pictures: Path | None = None,
+        output: Path | None = None, code: int = 0,
+    ) -> dict[str, Any]:  # fmt: skip
+        folder = output or tmp_path_factory.mktemp("judged") / "out"
         words = [
             loras or given["run"], "--base", given["base"], "--pictures", pictures or given["photos"],
-            "--prompts", *PROMPTS, "--unrelated-prompts", *OTHERS, "--images", 2, "--steps", 2, "--device", "cpu",
-            "--judge", given.get(judge, judge), "--output", output, "--batch-size", 8, *more,
+            "--prompts", *PROMPTS, "--unrelated-prompts", *OTHERS, "--images", 2, "--steps", 1, "--device", "cpu",
+            "--judge", given.get(judge, judge), "--output", folder, "--batch-size", 8, *more,
         ]  # fmt: skip
-        assert main(["judge", *map(str, words)]) == 0
-        return json.loads((output / "judge.json").read_text()) | {"folder": output}
+        assert main(["judge", *map(str, words)]) == code
+        if code:
+            return {}
+        made = sorted(folder.parent.glob(f"{folder.name}*"))[-1]
+        return json.loads((made / "judge.json").read_text(encoding="utf-8")) | {"folder": made}
 
     return run
 
@@ -137,11 +144,12 @@ def test_a_lora_that_changes_nothing_is_worth_nothing_and_does_no_damage(judged:
 def test_a_lora_whose_pictures_were_trained_on_copies_them(
     judge: Callable[..., dict[str, Any]], judged: dict[str, Any], given: dict[str, Path], tmp_path: Path
 ) -> None:
-    first, lora = judged, given["run"] / "last.safetensors"
+    lora = given["run"] / "last.safetensors"
+    [first] = [one for one in judged["candidates"] if one["name"] == "last at 1"]
     photos = tmp_path / "photos"
     photos.mkdir()
-    for one in first["candidates"][0]["pictures"]:
-        Image.open(first["folder"] / one["file"]).save(photos / Path(one["file"]).name)
+    for one in first["pictures"]:
+        Image.open(judged["folder"] / one["file"]).save(photos / Path(one["file"]).name)
 
     told = judge("clip", loras=lora, pictures=photos)
 
@@ -150,7 +158,7 @@ def test_a_lora_whose_pictures_were_trained_on_copies_them(
     assert [Path(one["nearest"]).name for one in told["candidates"][0]["pictures"]] == sorted(
         path.name for path in photos.iterdir()
     )
-    assert scores["likeness"] > first["candidates"][0]["scores"]["likeness"]
+    assert scores["likeness"] > first["scores"]["likeness"]
     assert told["recommended"] is None
 
 
@@ -166,9 +174,9 @@ def test_the_page_stands_alone_and_its_links_lead_to_pictures(judged: dict[str, 
     for link in links:
         with Image.open(told["folder"] / link) as picture:
             assert picture.size == (64, 64)
-            name = link.partition("-at-")[0]
-            assert ("Lora hashes" in picture.info["parameters"]) == (name != link)
-            assert (f"<lora:{name}:1>" in picture.info["parameters"]) == (name != link)
+            [name] = re.findall(r"^cells/\d+-\d+-\d+-(.*?)(?:-1)?\.png$", link)
+            assert ("Lora hashes" in picture.info["parameters"]) == (name != "base")
+            assert (f"<lora:{name}:1>" in picture.info["parameters"]) == (name != "base")
 
 
 def test_the_embedded_judge_judges_the_demo_and_has_other_prompts_for_it(
@@ -180,6 +188,36 @@ def test_the_embedded_judge_judges_the_demo_and_has_other_prompts_for_it(
     assert "the embedded model's own judge" in capsys.readouterr().out
 
 
+def test_one_that_was_stopped_goes_on_and_another_judge_takes_the_same_pictures(
+    judge: Callable[..., dict[str, Any]], given: dict[str, Path], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    real, calls = drawing.draw, []
+
+    def stopping(*args: Any, **settings: Any) -> Any:
+        calls.append(settings["seeds"])
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args, **settings)
+
+    monkeypatch.setattr(drawing, "draw", stopping)
+    lora, place = given["run"] / "last.safetensors", tmp_path / "judged"
+    common = {"loras": lora, "output": place}
+    assert judge("clip", "--batch-size", 4, **common, code=130) == {}
+    assert re.search(r"^7 of 14 pictures are drawn", capsys.readouterr().out, re.MULTILINE)
+    before = {path.name: path.read_bytes() for path in place.rglob("*.png")}
+    assert not (place / "index.html").exists()
+
+    told = judge("clip", **common)
+    assert "7 of these were drawn before" in capsys.readouterr().out
+    assert sum(map(len, calls[3:])) == 14 - 7
+    assert before.items() <= {path.name: path.read_bytes() for path in (place / "cells").iterdir()}.items()
+    by_others = judge("dino", **common)
+    assert (tmp_path / "judged-2" / "index.html").exists() and sum(map(len, calls[3:])) == 14 - 7
+    assert by_others["candidates"][0]["scores"] != told["candidates"][0]["scores"]
+    assert (place / "judge.json").read_text() != (tmp_path / "judged-2" / "judge.json").read_text()
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
@@ -188,8 +226,8 @@ def test_the_embedded_judge_judges_the_demo_and_has_other_prompts_for_it(
         ({"--prompts": None}, "missing: --prompts"),
         ({"--base": None}, "missing: --base"),
         ({"--lora": None}, "missing: LORA"),
-        ({"--lora": "nowhere.safetensors"}, "nowhere.safetensors: there is no such file"),
-        ({"--lora": "{empty}"}, "no LoRA files lie in this folder"),
+        ({"--lora": "nowhere.safetensors"}, "nowhere.safetensors: there is no such LoRA file"),
+        ({"--lora": "{empty}"}, "no LoRA lies in this folder"),
         ({"--pictures": "{empty}"}, "no pictures found in"),
         ({"--pictures": "nowhere"}, "nowhere"),
         ({"--judge": "nowhere"}, "--judge nowhere: there is no such folder"),
@@ -199,7 +237,11 @@ def test_the_embedded_judge_judges_the_demo_and_has_other_prompts_for_it(
         ({"--prompts": "a cat <lora:robot:1>"}, "none can name LoRAs"),
         ({"--unrelated-prompts": "a sea"}, "give two or more"),
         ({"--strengths": "0"}, "strength 0 is the base model alone"),
-        ({"--output": "{photos}"}, "nothing is overwritten"),
+        ({"--output": "{clip}/config.json/x"}, "no folder can be made there"),
+        ({"--prompts": f"a cat --d {2**63 - 1}"}, "is too large; seeds go up to"),
+        ({"--prompts": "a cat --n {bad|worse}"}, "have variants"),
+        ({"--negative": "{bad|worse}"}, "have variants"),
+        ({"--prompts": "{twice}"}, "'a cat' is given twice"),
         ({"--size": "68,64"}, "not a multiple of 8"),
         ({"--lora": "{sd2}"}, "is a LoRA for SD 2.x"),
     ],
@@ -215,7 +257,8 @@ def test_mistakes_are_told_in_a_line_before_a_model_is_loaded(
     for place in ("lorasmith.picture_run.drawing.model_families.load", "lorasmith.picture_judges.load"):
         monkeypatch.setattr(place, lambda *_, **__: pytest.fail("something was loaded"))
     (tmp_path / "empty").mkdir()
-    places = {**given, "empty": tmp_path / "empty"}
+    (tmp_path / "twice.txt").write_text("a cat\na cat\n")
+    places = {**given, "empty": tmp_path / "empty", "twice": tmp_path / "twice.txt"}
     if "{sd2}" in changes.values():
         other = write_tiny(tmp_path / "sd2.safetensors", "sd2", resolution=64)
         places["sd2"] = write_lora(tmp_path / "loras" / "two.safetensors", other, 0.1, seed=0)
@@ -225,7 +268,7 @@ def test_mistakes_are_told_in_a_line_before_a_model_is_loaded(
     }  # fmt: skip
     words = [word for name, value in options.items() if value is not None for word in (name, str(value))]
 
-    code = main(["judge", *(re.sub(r"^\{(\w+)\}$", lambda match: str(places[match[1]]), word) for word in words)])
+    code = main(["judge", *(re.sub(r"\{(\w+)\}", lambda match: str(places[match[1]]), word) for word in words)])
 
     error = capsys.readouterr().err
     assert code == 2

@@ -28,13 +28,11 @@ from lorasmith.picture_run.drawing import Source, drawn, load, open_base, tellin
 from lorasmith.picture_run.facts import facts_of, facts_of_all, fields_of, shown_prompt
 from lorasmith.picture_run.highres import Highres
 from lorasmith.picture_run.loras import Loras
-from lorasmith.picture_run.pictures import Picture
+from lorasmith.picture_run.pictures import Picture, check_pictures
 from lorasmith.progress import counted
 from lorasmith.prompts import Prompt
 from lorasmith.sampling import Drawing, check_settings, drawn_steps
 from lorasmith.seeds import derive
-
-_LARGEST_SEED = 2**63 - 1
 
 
 def run(cfg: GenerateConfig) -> int:
@@ -59,7 +57,7 @@ def run(cfg: GenerateConfig) -> int:
         written = f"The pictures that were drawn are in {cfg.output}."
         with telling_of_memory(cfg, base, pictures or [usual], written):
             controls.load(DTYPES[base.precision], base.device)
-            model = load(cfg, base)
+            model = load(cfg, base, controls.nets())
 
         def draw_all(pictures: Sequence[Picture]) -> list[Path]:
             """Draw pictures and return the files that they are written to."""
@@ -162,11 +160,7 @@ def _pictures(
                 f"prompt {one.prompt!r}: a guidance scale of the negative prompt alone is for pictures with guidance, "
                 f"and {one.guidance:g} is none; give a scale above 1, or leave it out."
             )
-    for one in found:
-        if one.seed > _LARGEST_SEED:
-            raise UserError(f"seed {one.seed} is too large; seeds go up to {_LARGEST_SEED}.")
-    for size, steps, sampler in dict.fromkeys((one.size, one.steps, one.sampler) for one in found):
-        check_settings(facts, size, steps, sampler, cfg.sigmas)
+    check_pictures(found, facts, cfg.sigmas)
     for steps in {one.steps if one.denoise is None else drawn_steps(one.steps, one.denoise) for one in found}:
         controls.check_steps(steps)
     if highres is not None:

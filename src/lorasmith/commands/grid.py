@@ -7,49 +7,34 @@ All is checked before the model is loaded. Each picture is written when it is dr
 those that are there.
 """
 
-import hashlib
-import json
 import random
-import re
-import sys
-import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-from PIL import Image
-from tqdm import tqdm
 
 from lorasmith import grid_sheet, grids, prompt_syntax, prompts
 from lorasmith.checkpoint import atomic_file
 from lorasmith.command_line import harmless
-from lorasmith.config import DrawConfig, GridConfig
+from lorasmith.config import GridConfig
 from lorasmith.errors import UserError
 from lorasmith.grid_page import Shown, grid_page
 from lorasmith.grids import Cell, Label, Sheet
 from lorasmith.merging import Strength
 from lorasmith.models.base import ModelFacts
-from lorasmith.picture_files import parameters
 from lorasmith.picture_run.checkpoints import lora_files
-from lorasmith.picture_run.drawing import Base, drawn, load, open_base, telling_of_memory
-from lorasmith.picture_run.facts import facts_of, facts_of_all, model_name, shown_prompt
-from lorasmith.picture_run.grid_folder import CELLS, PAGE, GridFolder
+from lorasmith.picture_run.comparing import Comparison, file_name, plain_number
+from lorasmith.picture_run.comparison_folder import CELLS, PAGE
+from lorasmith.picture_run.drawing import open_base
+from lorasmith.picture_run.facts import model_name
 from lorasmith.picture_run.loras import Loras
-from lorasmith.picture_run.pictures import Picture
-from lorasmith.progress import counted
+from lorasmith.picture_run.pictures import Picture, check_pictures
 from lorasmith.prompt_syntax import LoraTag
 from lorasmith.prompts import Prompt
-from lorasmith.sampling import Drawing, check_settings
+from lorasmith.sampling import Drawing
 from lorasmith.seeds import derive
 
 _EXAMPLE = 'For example: lorasmith grid robot.safetensors --prompt "a robot" --base v1-5.safetensors'
-_LARGEST_SEED = 2**63 - 1
 _NO_WORDS = "(no words)"
-_NO_FILE_NAME_SIGNS = re.compile(r'[/\\:*?"<>|\x00-\x1f]+')
-_LONGEST_NAME = 120  # bytes of a LoRA's name in the name of a picture
-# Of what commands draw with: what changes no picture, or is asked of the base as it was opened.
-_NO_CHANGE = {"progress", "batch_size", "attention", "on_out_of_memory", "device", "precision"}
 
 
 @dataclass(frozen=True)
@@ -72,26 +57,14 @@ def run(cfg: GridConfig) -> int:
         wanted = _wanted(cfg, base.facts, given, files, loras)
         names = _names(cfg, given, files)
         sheets = _sheets(cfg, names)
-        pictures = {one.picture: one for one in wanted.values()}
-        texts = {
-            one.file: text for one, text in zip(pictures.values(), _texts(cfg, base, loras, pictures), strict=True)
-        }
-        folder = GridFolder(cfg.output, _marks(cfg, base, pictures.values(), texts))
-        rest = [one for one, place in pictures.items() if place.file not in folder.drawn]
-        lines = [*base.told(cfg.base), *loras.told(), *notes, _sum(cfg, names, wanted)]
-        if folder.path != cfg.output:
-            lines.append(f"{cfg.output} holds something already; this grid goes into {folder.path}")
-        if folder.drawn:
-            lines.append(f"{len(folder.drawn)} of these were drawn before, and are taken from there")
+        comparison = Comparison(
+            cfg, base, loras, {one.picture: one.file for one in wanted.values()}, is_folded=cfg.fold
+        )
+        lines = [*base.told(cfg.base), *loras.told(), *notes, _sum(cfg, names, wanted), *comparison.told()]
         print("\n".join(map(harmless, lines)), flush=True)
-        folder.take_over()
-        with _keeping(folder, len(pictures)), telling_of_memory(cfg, base, rest, _written(folder)):
-            if rest:
-                found = drawn(cfg, load(cfg, base), rest, loras, is_folded=cfg.fold)
-                found = _told_of_time(cfg, found, len(rest))
-                for one, picture in counted(found, len(rest), "drawing", is_shown=cfg.progress):
-                    folder.add(pictures[one].file, picture, texts[pictures[one].file])
-            _write(cfg, folder, names, sheets, wanted)
+        with comparison.kept():
+            comparison.draw()
+            _write(cfg, comparison, names, sheets, wanted)
     return 0
 
 
@@ -133,27 +106,27 @@ def _wanted(
     found: dict[Cell, Wanted] = {}
     made: dict[Picture, Wanted] = {}  # one alone of what is the same: prompts with variants can come to that
 
-    def want(cell: Cell, name: str, words: str, tag: LoraTag | None = None) -> None:
+    def want(cell: Cell, words: str, tag: LoraTag | None = None) -> None:
         drawing, tags = own[cell.prompt, cell.seed]
         picture = Picture(**vars(drawing), loras=loras.used([*tags, *([tag] if tag else [])]))
-        file = f"{cell.prompt + 1:02d}-{drawing.seed}-{name}.png"
+        file = file_name(cell.prompt + 1, drawing.seed)
+        if tag is not None and cell.lora is not None:
+            file = file_name(cell.prompt + 1, drawing.seed, cell.lora + 1, tag.name, tag.unet)
         shown = f"{words}, {drawing.prompt or _NO_WORDS}, seed {drawing.seed}"
         found[cell] = made.setdefault(picture, Wanted(picture, file, shown))
 
     if cfg.show_base or 0 in cfg.strengths:
         for place in own:
-            want(Cell(*place, None, None), "00-base", grids.BASE.text)
+            want(Cell(*place, None, None), grids.BASE.text)
     for lora, path in enumerate(files):
         for level, strength in enumerate(cfg.strengths):
-            name, shown = f"{lora + 1:02d}-{_short(path.stem)}-{_number(strength)}", f"strength {_number(strength)}"
             for place in own:
                 if strength:
-                    tag = LoraTag(path.stem, strength, strength)
-                    want(Cell(*place, lora, level), name, f"{path.stem}, {shown}", tag)
+                    words = f"{path.stem}, strength {plain_number(strength)}"
+                    want(Cell(*place, lora, level), words, LoraTag(path.stem, strength, strength))
                 else:
                     found[Cell(*place, lora, level)] = found[Cell(*place, None, None)]
-    for size, steps, sampler in dict.fromkeys((one.size, one.steps, one.sampler) for one in made):
-        check_settings(facts, size, steps, sampler, cfg.sigmas)
+    check_pictures(made, facts, cfg.sigmas)
     return found
 
 
@@ -161,10 +134,8 @@ def _of_seed(asked: Drawing, seed: int, names: Collection[str]) -> tuple[Drawing
     """Return what is drawn of a prompt from a seed, as `lorasmith generate` draws it, and the LoRAs that it names.
 
     Raises:
-        UserError: it names one of those that are compared, or the seed is too large.
+        UserError: it names one of those that are compared.
     """
-    if seed > _LARGEST_SEED:
-        raise UserError(f"seed {seed} is too large; seeds go up to {_LARGEST_SEED}.")
     text = _chosen(asked.prompt, random.Random(derive(seed, "variants of a prompt")))
     negative = _chosen(asked.negative, random.Random(derive(seed, "variants of a negative prompt")))
     shown, tags = prompt_syntax.take_loras(text)
@@ -180,31 +151,6 @@ def _chosen(text: str, draws: random.Random) -> str:
     return found[0]
 
 
-def _texts(cfg: GridConfig, base: Base, loras: Loras, pictures: Iterable[Picture]) -> Iterator[str]:
-    """Yield what each picture's file says of it."""
-    common = facts_of_all(cfg, base.checkpoint)
-    for one in pictures:
-        yield parameters(shown_prompt(one), one.negative, {**facts_of(cfg, one, loras), **common})
-
-
-def _marks(cfg: GridConfig, base: Base, wanted: Iterable[Wanted], texts: Mapping[str, str]) -> dict[str, str]:
-    """Return a mark for each picture, by the name of its file: of all that it follows from."""
-    settings = cfg.model_dump(mode="json", include=set(DrawConfig.model_fields) - _NO_CHANGE)
-    places = [base.checkpoint.path, *([Path(cfg.vae)] if cfg.vae else []), *cfg.embeddings]
-    common = [settings, cfg.fold, base.device.type, base.precision, [_stamp(path) for path in places]]
-    return {
-        one.file: hashlib.sha256(json.dumps([repr(one.picture), texts[one.file], common]).encode()).hexdigest()
-        for one in wanted
-    }
-
-
-def _stamp(path: Path) -> list[tuple[str, int, int]]:
-    """Return what tells whether a file, or one in a folder, is still the same: its name, size and time."""
-    files = sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
-    facts = [(one, one.stat()) for one in files if one.is_file()]
-    return [(one.name, stat.st_size, stat.st_mtime_ns) for one, stat in facts]
-
-
 # --- names ------------------------------------------------------------------------------------------------------------
 
 
@@ -215,7 +161,7 @@ def _names(cfg: GridConfig, given: Sequence[Prompt], files: Sequence[Path]) -> d
     differing = {name for name in vars(given[0]) if len({vars(prompt)[name] for prompt in given}) > 1} - {"text"}
     texts = {
         "seed": [f"picture {place}" if has_own_seeds else f"seed {seed}" for place, seed in enumerate(seeds, 1)],
-        "strength": [f"strength {_number(strength)}" for strength in cfg.strengths],
+        "strength": [f"strength {plain_number(strength)}" for strength in cfg.strengths],
     }
     return {
         "prompt": [Label(_asked(prompt, differing), f"prompt {place}") for place, prompt in enumerate(given, 1)],
@@ -246,15 +192,6 @@ def _asked(prompt: Prompt, differing: Collection[str]) -> str:
     return " · ".join([prompt.text or _NO_WORDS, *said])
 
 
-def _short(name: str) -> str:
-    """Return a LoRA's name as it can stand in a file's name on any system."""
-    return _NO_FILE_NAME_SIGNS.sub("_", name).encode()[:_LONGEST_NAME].decode(errors="ignore")
-
-
-def _number(number: float) -> str:
-    return f"{number:g}" if float(f"{number:g}") == number else repr(number)
-
-
 # --- what is told -----------------------------------------------------------------------------------------------------
 
 
@@ -273,59 +210,28 @@ def _sum(cfg: GridConfig, names: Mapping[str, Sequence[Label]], wanted: Mapping[
     return f"{factors}{base} = {total} {'picture' if total == 1 else 'pictures'}"
 
 
-def _told_of_time(
-    cfg: GridConfig, found: Iterable[tuple[Picture, Image.Image]], total: int
-) -> Iterator[tuple[Picture, Image.Image]]:
-    """Yield the same, and say after the first batch about how long all take; a terminal's bar says it by itself."""
-    begin, is_told = time.monotonic(), not cfg.progress or sys.stderr.isatty() or total <= cfg.batch_size
-    for one in found:
-        if not is_told:
-            is_told = True
-            seconds = (time.monotonic() - begin) * total / cfg.batch_size
-            print(f"about {tqdm.format_interval(seconds)} for all, by the first", flush=True)
-        yield one
-
-
-@contextmanager
-def _keeping(folder: GridFolder, total: int) -> Iterator[None]:
-    """Say what there is of the grid when it is stopped by Ctrl+C."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        lying = sum(1 for _ in (folder.path / CELLS).glob("*.png"))
-        print("\n" + harmless(f"{lying} of {total} pictures are drawn. {_written(folder)}"), flush=True)
-        raise
-
-
-def _written(folder: GridFolder) -> str:
-    return f"The pictures that were drawn are in {folder.path / CELLS}; the same command goes on with them."
-
-
 # --- what is written --------------------------------------------------------------------------------------------------
 
 
 def _write(
     cfg: GridConfig,
-    folder: GridFolder,
+    comparison: Comparison,
     names: Mapping[str, Sequence[Label]],
     sheets: Sequence[Sheet],
     wanted: Mapping[Cell, Wanted],
 ) -> None:
     """Write the sheets, and then the page."""
-    pictures = [one.picture for one in wanted.values()]
+    folder, pictures = comparison.folder.path, [one.picture for one in wanted.values()]
     facts = _facts(cfg, pictures)
     whole = grid_sheet.cell_size([one.size for one in pictures], cfg.cell_size)
     parts = [part for sheet in sheets for part in grid_sheet.parts(sheet, facts, whole)]
 
-    def shown(cell: Cell) -> Image.Image:
-        with Image.open(folder.file(wanted[cell].file)) as picture:
-            return picture.convert("RGB")
-
     lines = []
     for number, (sheet, size) in enumerate(parts, 1):
-        path = folder.path / ("sheet.png" if len(parts) == 1 else f"sheet-{number}.png")
+        path = folder / ("sheet.png" if len(parts) == 1 else f"sheet-{number}.png")
+        drawn = grid_sheet.draw(sheet, facts, size, lambda cell: comparison.read(wanted[cell].picture))
         with atomic_file(path) as temporary:
-            grid_sheet.draw(sheet, facts, size, shown).save(temporary, "PNG")
+            drawn.save(temporary, "PNG")
         smaller = f", with pictures of {size[0]}x{size[1]}: whole ones make too large a sheet" if size != whole else ""
         lines.append(f"{path}{smaller}")
     if len(parts) > len(sheets):
@@ -334,9 +240,9 @@ def _write(
     page = grid_page(
         _title(cfg, names), [facts, *([f"without: {cfg.negative}"] if cfg.negative else [])], sheets, files
     )
-    with atomic_file(folder.path / PAGE) as temporary:
+    with atomic_file(folder / PAGE) as temporary:
         temporary.write_text(page, encoding="utf-8")
-    print("\n".join(map(harmless, [*lines, f"{folder.path / PAGE}: to zoom, and to compare with the base model"])))
+    print("\n".join(map(harmless, [*lines, f"{folder / PAGE}: to zoom, and to compare with the base model"])))
 
 
 def _facts(cfg: GridConfig, pictures: Sequence[Picture]) -> str:
@@ -346,7 +252,7 @@ def _facts(cfg: GridConfig, pictures: Sequence[Picture]) -> str:
         {f"{one.steps} steps" for one in pictures},
         {f"guidance {one.guidance:g}" for one in pictures},
         {f"{one.size[0]}x{one.size[1]}" for one in pictures},
-        {f"strength {_number(strength)}" for strength in cfg.strengths},
+        {f"strength {plain_number(strength)}" for strength in cfg.strengths},
         {f"seed {one.seed}" for one in pictures},
     ]
     return " · ".join([model_name(cfg), *(kind.pop() for kind in kinds if len(kind) == 1)])

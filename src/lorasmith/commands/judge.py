@@ -10,12 +10,9 @@ checked before a model is loaded.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
-
-from PIL import Image
 
 from lorasmith import picture_judges, picture_scores, prompt_syntax, prompts
 from lorasmith.checkpoint import atomic_file
@@ -29,18 +26,18 @@ from lorasmith.judge_page import Row, Shown, judge_page, score_table
 from lorasmith.judging import Bench, Candidate, Seen, at_most, recommend
 from lorasmith.merging import Strength
 from lorasmith.models.base import ModelFacts
-from lorasmith.picture_files import PictureFolder, parameters
 from lorasmith.picture_judges import Choice
-from lorasmith.picture_run.drawing import drawn, load, open_base, telling_of_memory
-from lorasmith.picture_run.facts import facts_of, facts_of_all, fields_of, shown_prompt
+from lorasmith.picture_run.checkpoints import lora_files
+from lorasmith.picture_run.comparing import Comparison, file_name, plain_number
+from lorasmith.picture_run.comparison_folder import PAGE
+from lorasmith.picture_run.drawing import open_base
 from lorasmith.picture_run.loras import Loras
-from lorasmith.picture_run.pictures import Picture
-from lorasmith.progress import counted
+from lorasmith.picture_run.pictures import Picture, check_pictures
 from lorasmith.prompt_syntax import LoraTag
 from lorasmith.prompts import Prompt
-from lorasmith.sampling import Drawing, check_settings
+from lorasmith.sampling import Drawing
 
-_LORA_SUFFIXES = (".safetensors", ".pt", ".ckpt")
+_SCORES = "judge.json"
 _UNRELATED = [
     "a photo of a mountain lake at sunrise",
     "a bowl of fruit on a wooden table",
@@ -60,18 +57,25 @@ _NUM_NEAREST = 4
 
 @dataclass(frozen=True)
 class Tried:
-    """What is drawn with and judged: a LoRA at a strength, or the base model alone, which has none."""
+    """What is drawn with and judged: a LoRA, by its place among them, at a strength; or the base model alone."""
 
+    place: int = 0
     lora: Path | None = None
     strength: float = 0.0
 
     @property
     def name(self) -> str:
-        return "base model" if self.lora is None else f"{self.lora.stem} at {self.strength:g}"
+        return "base model" if self.lora is None else f"{self.lora.stem} at {plain_number(self.strength)}"
 
     @property
     def tags(self) -> tuple[LoraTag, ...]:
         return () if self.lora is None else (LoraTag(self.lora.stem, self.strength, self.strength),)
+
+    def file(self, prompt: int, seed: int) -> str:
+        """Return the name of the file of its picture of a prompt, which count from 1."""
+        if self.lora is None:
+            return file_name(prompt, seed)
+        return file_name(prompt, seed, self.place, self.lora.stem, self.strength)
 
 
 @dataclass(frozen=True)
@@ -79,8 +83,8 @@ class Judged:
     """What was drawn with one of them, and what was seen in it; the files are in the pictures' order."""
 
     tried: Tried
-    pictures: list[Picture]
-    files: list[Path]
+    pictures: Sequence[Picture]
+    files: Sequence[Path]
     seen: Seen
     unrelated: Seen
 
@@ -93,7 +97,7 @@ class Judged:
 def run(cfg: JudgeConfig) -> int:
     """Draw, judge, and say which is best; return the exit code, 0."""
     _check_given(cfg)
-    files, training = _lora_files(cfg.lora), _training_pictures(cfg)
+    (files, left_out), training = lora_files(cfg.lora), _training_pictures(cfg)
     own, unrelated = _texts("--prompts", cfg.prompts), _texts("--unrelated-prompts", cfg.unrelated_prompts)
     choice = picture_judges.find(cfg.judge or "", "--judge")
     if choice.kind == picture_judges.DEMO:
@@ -103,27 +107,21 @@ def run(cfg: JudgeConfig) -> int:
         raise UserError("--unrelated-prompts: what one prompt alone gives tells little; give two or more.")
     with open_base(cfg) as base:
         loras = Loras(base.checkpoint, [(path, Strength(0, 0)) for path in files], None)
-        drawings = _drawings(cfg, base.facts, own, cfg.images)
-        rest = _drawings(cfg, base.facts, unrelated, 1)
-        tried = [Tried(), *(Tried(path, strength) for path in files for strength in cfg.strengths)]
-        pictures = [Picture(**vars(one), loras=each.tags) for each in tried for one in (*drawings, *rest)]
+        drawings, rest = _drawings(cfg, base.facts, own, cfg.images), _drawings(cfg, base.facts, unrelated, 1)
+        tried = [Tried(), *(Tried(i, path, strength) for i, path in enumerate(files, 1) for strength in cfg.strengths)]
+        pictures = {each: [Picture(**vars(one), loras=each.tags) for one in (*drawings, *rest)] for each in tried}
+        check_pictures([one for found in pictures.values() for one in found], base.facts, cfg.sigmas)
+        comparison = Comparison(cfg, base, loras, _files(pictures, len(own), cfg.images))
         notes = [f"{len(training)} training pictures of {cfg.pictures}, seen by {choice.title}"]
-        for line in [*base.told(cfg.base), *loras.told(), *notes]:
+        for line in [*base.told(cfg.base), *loras.told(), *left_out, *notes, *comparison.told()]:
             print(harmless(line), flush=True)
-        common = facts_of_all(cfg, base.checkpoint)
-        with telling_of_memory(cfg, base, pictures, f"The pictures that were drawn are in {cfg.output}."):
+        with comparison.kept():
             bench = Bench(picture_judges.load(choice, base.device), map(open_image, training))
             for line in (unscored := _not_scored(choice, bench, drawings)):
                 print(harmless(line), flush=True)
-            shown = counted(
-                drawn(cfg, load(cfg, base), pictures, loras), len(pictures), "drawing", is_shown=cfg.progress
-            )
-            found = iter(shown)
-            judged = [
-                _judged(cfg, bench, each, list(islice(found, len(drawings) + len(rest))), len(drawings), common, loras)
-                for each in tried
-            ]
-    _tell(cfg, bench, judged, training, [*notes, *unscored])
+            comparison.draw()
+            judged = [_judged(bench, comparison, each, found, len(drawings)) for each, found in pictures.items()]
+            _tell(cfg, comparison.folder.path, bench, judged, training, [*notes, *unscored])
     return 0
 
 
@@ -141,23 +139,6 @@ def _check_given(cfg: JudgeConfig) -> None:
     for what, is_missing in missing.items():
         if is_missing:
             raise UserError(f"missing: {what}.")
-    if cfg.output.exists() and not (cfg.output.is_dir() and not any(cfg.output.iterdir())):
-        raise UserError(f"--output {cfg.output} is there already, and nothing is overwritten; give another folder.")
-
-
-def _lora_files(given: Sequence[Path]) -> list[Path]:
-    """Return the LoRAs: files as such, and all that lie in folders, not in the folders in these."""
-    found: dict[Path, None] = {}
-    for path in given:
-        if not path.exists():
-            raise UserError(f"{path}: there is no such file or folder; check the path.")
-        lying = sorted(one for one in path.iterdir() if one.suffix in _LORA_SUFFIXES) if path.is_dir() else [path]
-        if not lying:
-            raise UserError(
-                f"{path}: no LoRA files lie in this folder; give a run's output folder, or the files themselves."
-            )
-        found.update(dict.fromkeys(lying))
-    return list(found)
 
 
 def _training_pictures(cfg: JudgeConfig) -> list[Path]:
@@ -181,16 +162,27 @@ def _texts(flag: str, given: Sequence[str]) -> list[Prompt]:
     Raises:
         UserError: one cannot be read, names a LoRA or has variants.
     """
-    found = (
-        prompts.read_file(Path(given[0]).expanduser()) if prompts.is_file(given) else [prompts.parse(t) for t in given]
-    )
-    for prompt in found:
-        if prompt_syntax.take_loras(prompt.text)[1] or len(prompt_syntax.variants(prompt.text)) > 1:
-            raise UserError(
-                f"{flag} {prompt.text}: all are judged by the same prompts, so none can name LoRAs or have variants; "
-                "leave <lora:...> and {...|...} out."
-            )
-    return found
+    is_file = prompts.is_file(given)
+    found = prompts.read_file(Path(given[0]).expanduser()) if is_file else [prompts.parse(text) for text in given]
+    if twice := [one.text for number, one in enumerate(found) if one in found[:number]]:
+        raise UserError(f"{flag} {twice[0]!r} is given twice; leave it out once.")
+    return [
+        replace(one, text=_plain(flag, one.text), negative=one.negative and _plain(flag, one.negative)) for one in found
+    ]
+
+
+def _plain(flag: str, text: str) -> str:
+    """Return a text without the signs of variants, of which there is to be one.
+
+    Raises:
+        UserError: there are more, or it names a LoRA.
+    """
+    if prompt_syntax.take_loras(text)[1] or len(found := prompt_syntax.variants(text)) > 1:
+        raise UserError(
+            f"{flag} {text}: all are judged by the same prompts, so none can name LoRAs or have variants; "
+            "leave <lora:...> and {...|...} out."
+        )
+    return found[0]
 
 
 def _check_known(own: Sequence[Prompt]) -> None:
@@ -205,12 +197,20 @@ def _check_known(own: Sequence[Prompt]) -> None:
 
 def _drawings(cfg: JudgeConfig, facts: ModelFacts, given: Sequence[Prompt], count: int) -> list[Drawing]:
     """Return so many drawings of each prompt; one's seeds count up, and so does the first of single ones."""
-    usual = Drawing("", cfg.negative, cfg.size or facts.resolution, cfg.seed, cfg.steps, cfg.guidance, cfg.sampler)
+    negative = _plain("--negative", cfg.negative)
+    usual = Drawing("", negative, cfg.size or facts.resolution, cfg.seed, cfg.steps, cfg.guidance, cfg.sampler)
     asked = [replace(usual, seed=cfg.seed + (number if count == 1 else 0)).asked(p) for number, p in enumerate(given)]
-    found = [replace(one, seed=one.seed + number) for one in asked for number in range(count)]
-    for one in dict.fromkeys(found):
-        check_settings(facts, one.size, one.steps, one.sampler, cfg.sigmas)
-    return found
+    return [replace(one, seed=one.seed + number) for one in asked for number in range(count)]
+
+
+def _files(pictures: Mapping[Tried, Sequence[Picture]], num_own: int, images: int) -> dict[Picture, str]:
+    """Return the names of all pictures' files: `images` of each of the first prompts, and one of the others."""
+    files: dict[Picture, str] = {}
+    for tried, found in pictures.items():
+        for place, one in enumerate(found):
+            prompt = place // images if place < num_own * images else place - num_own * (images - 1)
+            files.setdefault(one, tried.file(prompt + 1, one.seed))
+    return files
 
 
 def _not_scored(choice: Choice, bench: Bench, drawings: Sequence[Drawing]) -> list[str]:
@@ -224,44 +224,37 @@ def _not_scored(choice: Choice, bench: Bench, drawings: Sequence[Drawing]) -> li
     return [reason for reason, is_so in reasons.items() if is_so]
 
 
-# --- drawing and looking ----------------------------------------------------------------------------------------------
+# --- what is seen ----------------------------------------------------------------------------------------------------
 
 
-def _judged(
-    cfg: JudgeConfig,
-    bench: Bench,
-    tried: Tried,
-    found: Sequence[tuple[Picture, Image.Image]],
-    num_own: int,
-    common: Mapping[str, str],
-    loras: Loras,
-) -> Judged:
-    """Write one's pictures into a folder of its own, and look at them."""
-    folder = PictureFolder(cfg.output / tried.name.replace(" ", "-"), "{number}-{seed}", "png")
-    files = []
-    for one, picture in found:
-        text = parameters(shown_prompt(one), one.negative, {**facts_of(cfg, one, loras), **common})
-        files.append(folder.add(picture, text, fields_of(cfg, one)))
+def _judged(bench: Bench, comparison: Comparison, tried: Tried, pictures: Sequence[Picture], num_own: int) -> Judged:
+    """Look at one's pictures; those of its prompts come first."""
+    drawn = [comparison.read(one) for one in pictures]
     seen = [
-        bench.look([picture for _, picture in part], [one.prompt for one, _ in part])
-        for part in (found[:num_own], found[num_own:])
+        bench.look(drawn[part], [one.prompt for one in pictures[part]])
+        for part in (slice(num_own), slice(num_own, None))
     ]
-    return Judged(tried, [one for one, _ in found], files, *seen)
+    return Judged(tried, pictures, [comparison.file(one) for one in pictures], *seen)
 
 
 # --- what is told -----------------------------------------------------------------------------------------------------
 
 
 def _tell(
-    cfg: JudgeConfig, bench: Bench, judged: Sequence[Judged], training: Sequence[Path], notes: Sequence[str]
+    cfg: JudgeConfig,
+    folder: Path,
+    bench: Bench,
+    judged: Sequence[Judged],
+    training: Sequence[Path],
+    notes: Sequence[str],
 ) -> None:
     """Print scores and recommendation, and write the page and the JSON."""
     base, *others = judged
     reference = bench.reference(base.seen, base.unrelated)
     candidates = [Candidate(one.tried.name, bench.scores(one.seen, (one.unrelated, base.unrelated))) for one in others]
     best, verdict = recommend(candidates, reference)
-    facts = [_facts(cfg, bench, one, base, training) for one in judged]
-    rows = [_row(cfg, own, candidate) for own, candidate in zip(facts, [None, *candidates], strict=True)]
+    facts = [_facts(folder, bench, one, base, training) for one in judged]
+    rows = [_row(folder, own, candidate) for own, candidate in zip(facts, [None, *candidates], strict=True)]
     columns = [f"{one.prompt} (seed {one.seed})" for one in base.pictures]
     page = judge_page(verdict, best, reference, notes, columns[: base.num_own], columns[base.num_own :], rows)
     told = {
@@ -285,10 +278,10 @@ def _tell(
             for one, each, own in zip(candidates, others, facts[1:], strict=True)
         ],
     }
-    _write(cfg.output / "index.html", page)
-    _write(cfg.output / "judge.json", json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+    _write(folder / _SCORES, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+    _write(folder / PAGE, page)
     print("\n".join(["", *map(harmless, score_table(candidates, best, reference)), "", harmless(verdict), ""]))
-    print(f"with the pictures: {cfg.output / 'index.html'}; all numbers: {cfg.output / 'judge.json'}", flush=True)
+    print(harmless(f"with the pictures: {folder / PAGE}; all numbers: {folder / _SCORES}"), flush=True)
 
 
 def _write(path: Path, text: str) -> None:
@@ -297,13 +290,13 @@ def _write(path: Path, text: str) -> None:
 
 
 def _facts(
-    cfg: JudgeConfig, bench: Bench, one: Judged, base: Judged, training: Sequence[Path]
+    folder: Path, bench: Bench, one: Judged, base: Judged, training: Sequence[Path]
 ) -> dict[str, list[dict[str, Any]]]:
     """Return what is known of each picture; `distance` is to the nearest training picture, 1 as these lie apart."""
     seen, spacing = one.seen, bench.spacing
     adherence = [None] * one.num_own if seen.adherence is None else seen.adherence.tolist()
     drawn = [
-        {"file": file.relative_to(cfg.output).as_posix(), "prompt": picture.prompt, "seed": picture.seed}
+        {"file": file.relative_to(folder).as_posix(), "prompt": picture.prompt, "seed": picture.seed}
         for picture, file in zip(one.pictures, one.files, strict=True)
     ]
     own = zip(seen.likeness.tolist(), adherence, seen.nearest.tolist(), seen.distances.tolist(), strict=True)
@@ -329,9 +322,9 @@ def _facts(
     }
 
 
-def _row(cfg: JudgeConfig, facts: Mapping[str, Sequence[dict[str, Any]]], candidate: Candidate | None) -> Row:
+def _row(folder: Path, facts: Mapping[str, Sequence[dict[str, Any]]], candidate: Candidate | None) -> Row:
     """Return a row of the page."""
-    urls = {one["file"]: thumbnail_url(cfg.output / one["file"]) for part in facts.values() for one in part}
+    urls = {one["file"]: thumbnail_url(folder / one["file"]) for part in facts.values() for one in part}
 
     def shown(one: Mapping[str, Any], note: str, *, is_alert: bool = False) -> Shown:
         return Shown(urls[one["file"]], quote(one["file"]), note, is_alert)

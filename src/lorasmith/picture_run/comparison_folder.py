@@ -1,4 +1,4 @@
-"""The folder of a grid: pictures with a mark of what they were drawn from, so that one that was stopped can go on."""
+"""The folder of pictures that are compared: each has a mark of what it was drawn from, so drawing can go on."""
 
 import os
 import re
@@ -18,14 +18,14 @@ _MARK = "lorasmith"
 _MOST_FOLDERS = 1000
 
 
-class GridFolder:
-    """Where a grid goes: a folder that is free, or in which the same grid was begun; nothing else is written to.
+class ComparisonFolder:
+    """Where pictures go: a folder that is free, or in which the same was begun; nothing else is written to.
 
     `drawn` are the pictures, by the names of their files, that were drawn before and lie there or in a folder that was
     passed over.
 
     Args:
-        wanted: where there is another grid, or anything else, `wanted-2`, `wanted-3` ... is taken.
+        wanted: where there are others, or anything else, `wanted-2`, `wanted-3` ... is taken.
         marks: of all pictures, by the names of their files.
 
     Raises:
@@ -73,7 +73,7 @@ class GridFolder:
             picture.save(temporary, "PNG", pnginfo=info)
 
     def _is_ours(self, path: Path) -> bool:
-        """Whether nothing lies there but pictures of this grid, and sheets of all of these, but no page yet."""
+        """Whether nothing lies there but these pictures, and sheets of all of these, but no page yet."""
         if not path.exists():
             return True
         names = _visible(path)
