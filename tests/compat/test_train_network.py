@@ -109,6 +109,7 @@ def test_the_documents_line_trains_what_ours_trains(typed_in: Path, capsys: pyte
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="the line is given to a shell of Unix")
 def test_the_documents_line_runs_as_it_stands_on_the_embedded_model(data: Path) -> None:
+    shutil.rmtree(data / "lora_train1", ignore_errors=True)  # another test's
     model = data / "models" / "model.ckpt"
     model.unlink()
     shutil.copyfile(FOLDER / "sd1-mini.safetensors", model)  # what a miniature is like, its header alone can say
