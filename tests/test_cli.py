@@ -130,7 +130,7 @@ _VALUES = {
 def test_every_option_can_be_given_in_both_spellings_and_reaches_its_place(
     train: Spy, monkeypatch: pytest.MonkeyPatch, option: config.Option
 ) -> None:
-    monkeypatch.setattr(config, "contradictions", lambda cfg: [])
+    monkeypatch.setattr("lorasmith.config.training.contradictions", lambda cfg: [])
     value = option.choices[-1] if option.choices else _VALUES.get(option.name, _VALUES.get(option.kind, ""))
     words = [] if option.kind == "boolean" else value.split()
     short = given(train, option.flag, *words)

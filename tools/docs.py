@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 _INTRODUCTION = """\
 # Options
 
-Made from `src/lorasmith/config.py` by `make docs`; change the options there.
+Made from `src/lorasmith/config/` by `make docs`; change the options there.
 
 Options are given on the command line (`--rank 8`, or with the section, `--network.rank 8`; dashes and underscores are
 the same) or in a TOML file (`--config run.toml`), where the command line wins:

@@ -1,6 +1,6 @@
 """The command line: `lorasmith COMMAND [options]`.
 
-Parsers are made from the models in `config.py`, so an option is written once. A command's module, and with it torch, is
+Parsers are made from the models in `config/`, so an option is written once. A command's module, and with it torch, is
 imported only when the command runs.
 """
 
