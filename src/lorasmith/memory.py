@@ -75,11 +75,14 @@ def set_gradient_checkpointing(model: _Parts, enabled: bool) -> None:
     model.text_encoder.train(enabled)
 
 
-def set_attention(model: _Parts, kind: Attention) -> None:
+def set_attention(model: _Parts, kind: Attention, nets: Iterable[Any] = ()) -> None:
     """Compute attention with torch's fused kernels (`sdpa`), with plain matrix products (`plain`), or in slices.
 
     `sliced` is `sdpa` for one head at a time, so that no more than a head's scores are in memory where a device has no
     fused kernel.
+
+    Args:
+        nets: diffusers' ControlNets, in which it is computed so too.
     """
     from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -87,7 +90,8 @@ def set_attention(model: _Parts, kind: Attention) -> None:
 
     assert isinstance(model.denoiser, UNet2DConditionModel) and isinstance(model.text_encoder, PreTrainedModel)
     processors: dict[Attention, Any] = {"sdpa": AttnProcessor2_0, "plain": AttnProcessor, "sliced": _Sliced}
-    model.denoiser.set_attn_processor(processors[kind]())
+    for part in (model.denoiser, *nets):
+        part.set_attn_processor(processors[kind]())
     model.text_encoder.set_attn_implementation("eager" if kind == "plain" else "sdpa")
 
 

@@ -1,7 +1,7 @@
 """What makes a model draw faster and changes its pictures by rounding only: the layout of its tensors, compiling."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -13,15 +13,14 @@ BACKEND = "inductor"
 
 
 class _Parts(Protocol):
-    """The parts of `lorasmith.models.base.LatentDiffusion` that draw."""
+    """The part of `lorasmith.models.base.LatentDiffusion` that is compiled."""
 
-    denoiser: Any  # modules, of which torch's own types say too little
-    vae: Any
+    denoiser: Any  # a module, of which torch's own types say too little
 
 
-def use_channels_last(model: _Parts) -> None:
-    """Lay out the tensors of denoiser and VAE as (B, H, W, C), for which convolutions on GPUs are made."""
-    for part in (model.denoiser, model.vae):
+def use_channels_last(parts: Iterable[Any]) -> None:
+    """Lay out the tensors of modules as (B, H, W, C), for which convolutions on GPUs are made."""
+    for part in parts:
         part.to(memory_format=torch.channels_last)
 
 

@@ -1,5 +1,6 @@
 """`lorasmith generate` where memory runs out: the same pictures with less of it, or an end that says what to do."""
 
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from PIL import Image
 
 from lorasmith.cli import main
 from lorasmith.models.sd import StableDiffusion
-from tests.tiny import write_tiny
+from tests.tiny import build_tiny_control, write_tiny
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +61,34 @@ def test_the_same_pictures_are_drawn_with_less_memory(
     assert max(np.abs(plenty[name] - scarce[name]).max() for name in plenty) <= 1
 
 
-def test_slices_of_attention_can_be_asked_for(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, usual = draw(base, tmp_path / "usual", "--batch-size", "3")
+def test_a_picture_that_is_drawn_on_from_is_encoded_again_with_less_memory(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.linear_gradient("L").resize((64, 64)).save(tmp_path / "picture.png")
+    encode, num_tried = StableDiffusion.encode_image, count(1)
+
+    def encode_at_second(self: Any, pixels: Any) -> Any:
+        if next(num_tried) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return encode(self, pixels)
+
+    monkeypatch.setattr(StableDiffusion, "encode_image", encode_at_second)
+    code, found = draw(base, tmp_path / "out", "--batch-size", "2", "--init", str(tmp_path / "picture.png"))
+    assert code == 0 and len(found) == 3 and "goes on with --batch-size 1." in capsys.readouterr().out
+    assert next(num_tried) == 3  # once for all of them
+
+
+def test_slices_of_attention_can_be_asked_for_and_reach_controlnets(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    build_tiny_control().save_pretrained(tmp_path / "lines")
+    Image.linear_gradient("L").resize((64, 64)).save(tmp_path / "picture.png")
+    options = ["--batch-size", "3", "--control", str(tmp_path / "lines")]
+    options += ["--control-picture", str(tmp_path / "picture.png")]
+    _, usual = draw(base, tmp_path / "usual", *options)
+    assert "float32" not in caplog.text  # diffusers' warning of modules to keep in it, of which it has none
     limit(monkeypatch, rows=6, heads=1)
-    options = ("--batch-size", "3", "--attention", "sliced", "--on-out-of-memory", "stop")
-    code, sliced = draw(base, tmp_path / "sliced", *options)
+    code, sliced = draw(base, tmp_path / "sliced", *options, "--attention", "sliced", "--on-out-of-memory", "stop")
     assert code == 0 and max(np.abs(usual[name] - sliced[name]).max() for name in usual) <= 1
 
 

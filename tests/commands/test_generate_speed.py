@@ -105,9 +105,10 @@ def test_channels_are_last_on_a_gpu_unless_said_otherwise(
     model.denoiser, model.vae = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
     monkeypatch.setattr(model_families, "load", lambda *_, **__: model)
     monkeypatch.setattr(drawing, "set_attention", lambda *_: None)
+    net = nn.Conv2d(4, 4, 3)
     facts: Any = SimpleNamespace(prediction="epsilon")
     checkpoint: Any = None
     loaded = drawing.Base(checkpoint, facts, NO_EMBEDDINGS, [], "fp32", torch.device(device))
-    drawing.load(GenerateConfig(channels_last=asked), loaded)
-    for part in (model.denoiser, model.vae):
+    drawing.load(GenerateConfig(channels_last=asked), loaded, [net])
+    for part in (model.denoiser, model.vae, net):
         assert part.weight.is_contiguous(memory_format=torch.channels_last) == expected

@@ -32,7 +32,7 @@ class _Model:
 @pytest.fixture(autouse=True)
 def attentions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     found: list[str] = []
-    monkeypatch.setattr(thrift, "set_attention", lambda _, kind: found.append(kind))
+    monkeypatch.setattr(thrift, "set_attention", lambda _, kind, nets: found.extend([kind, *nets]))
     return found
 
 
@@ -44,11 +44,11 @@ def test_each_time_less_is_used_and_told_until_nothing_is_left(
     attentions: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     model: Any = _Model()
-    room, sizes = Thrift(GenerateConfig(batch_size=100), model), []
+    room, sizes = Thrift(GenerateConfig(batch_size=100), model, ["net"]), []  # type: ignore[list-item]
     for _ in range(4):  # seven pictures, of which all are tried at once
         assert room.tried(min(7, room.batch_size), out_of_memory) is None
         sizes.append(room.batch_size)
-    assert sizes == [3, 1, 1, 1] and attentions == ["sliced"] and model.vae.device.type == "cpu"
+    assert sizes == [3, 1, 1, 1] and attentions == ["sliced", "net"] and model.vae.device.type == "cpu"
     told = capsys.readouterr().out.splitlines()
     assert [line.partition("with ")[2] for line in told] == [
         "--batch-size 3.", "--batch-size 1.", "--attention sliced.", "the VAE on the CPU, which is slower."

@@ -136,9 +136,11 @@ class ControlNet(nn.Module, ABC):
     """A frozen network that is shown a picture and steers a denoiser by it (arXiv:2302.05543).
 
     Args:
+        net: what computes it.
         is_conditional_only: predictions that guidance leads away from are made without it.
     """
 
+    net: nn.Module
     is_conditional_only: bool
 
     @abstractmethod

@@ -104,7 +104,8 @@ def load(checkpoint: Checkpoint, base: Checkpoint, *, dtype: torch.dtype, device
     net = loader.load("ControlNet", empty, table, torch.float32)
     if _DIFFERENCE in loader.shapes:
         _add_base(net, base)
-    return StableDiffusionControl(net.to(dtype))
+    nn.Module.to(net, dtype)  # not diffusers' own method, which warns of layers that there are not
+    return StableDiffusionControl(net)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorasmith import model_families
 from lorasmith.checkpoint import Checkpoint, open_checkpoint
@@ -77,6 +77,10 @@ class Controls:
         for one in self._given:
             with open_checkpoint(one.name) as checkpoint:
                 self._nets.append(model_families.load_control(checkpoint, self._base, dtype=dtype, device=device))
+
+    def nets(self) -> list[nn.Module]:
+        """Return what computes in them, loaded."""
+        return [one.net for one in self._nets]
 
     def at(self, size: Size) -> list[Control]:
         """Return them, loaded, as they take part in pictures of a size."""

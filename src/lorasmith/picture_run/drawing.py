@@ -1,16 +1,17 @@
 """Pictures drawn with a base model, grouped so that what can be drawn at once is."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch import nn
 
 from lorasmith import merging, model_families, perturbed_attention, prompt_syntax
 from lorasmith.checkpoint import Checkpoint, open_checkpoint
@@ -32,6 +33,7 @@ from lorasmith.sampling import Beginning, Drawing, Inpainting, Perturbation, Wis
 from lorasmith.speed import compile_denoiser, telling_of_compiler, use_channels_last
 
 _TILE_ABOVE = 1536 * 1536  # pixels; the VAE needs memory in proportion to them
+_Given = Callable[[], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,8 @@ def open_base(cfg: DrawConfig) -> Iterator[Base]:
         yield Base(checkpoint, facts, found, notes, precision, device)
 
 
-def load(cfg: DrawConfig, base: Base) -> LatentDiffusion:
-    """Return the base model, ready to draw."""
+def load(cfg: DrawConfig, base: Base, nets: Sequence[nn.Module] = ()) -> LatentDiffusion:
+    """Return the base model, ready to draw, as then are the nets of ControlNets."""
     model = model_families.load(
         base.checkpoint,
         dtype=DTYPES[base.precision],
@@ -86,10 +88,10 @@ def load(cfg: DrawConfig, base: Base) -> LatentDiffusion:
     )
     if cfg.zero_terminal_snr:
         model.schedule = model.schedule.with_zero_terminal_snr()
-    set_attention(model, cfg.attention)
+    set_attention(model, cfg.attention, nets)
     model.tile_above = {"auto": _TILE_ABOVE, "on": 0, "off": math.inf}[cfg.vae_tiling]
     if base.device.type == "cuda" if cfg.channels_last is None else cfg.channels_last:
-        use_channels_last(model)
+        use_channels_last([model.denoiser, model.vae, *nets])
     if cfg.compile:
         compile_denoiser(model)
     return model
@@ -124,7 +126,7 @@ def drawn(
         highres: None: there is no second pass.
         masks: white where a LoRA acts, by its name; those without one act everywhere.
     """
-    thrift = Thrift(cfg, model)
+    thrift = Thrift(cfg, model, [] if controls is None else controls.nets())
     layers = perturbed_attention.chosen(model.self_attentions, cfg.pag_layers)
     perturbation = Perturbation(layers, cfg.pag_scale) if cfg.pag_scale else None
     for tags, same in groupby(pictures, key=lambda one: one.loras):
@@ -134,9 +136,8 @@ def drawn(
         with merging.applied(model, loras.additions(tags), is_folded=is_folded or cfg.compile, regions=regions):
             for (size, steps, guidance, sampler, denoise), alike in groupby(same, key=lambda one: one.settings):
                 rest = list(alike)
-                beginning = None if source is None or denoise is None else _beginning(model, source, size, denoise)
+                given = cache(partial(_given, model, source, size, denoise))
                 acting = [] if controls is None else controls.at(size)
-                inpainting = _inpainting(model, source, size) if model.is_inpainting else None
                 while rest:
                     batch = rest[: thrift.batch_size]
                     common = {
@@ -147,29 +148,24 @@ def drawn(
                         "rescale": cfg.guidance_rescale,
                         "perturbation": perturbation,
                     }
-                    first = {
-                        "size": size,
-                        "steps": steps,
-                        "beginning": beginning,
-                        "controls": acting,
-                        "inpainting": inpainting,
-                    }
-                    work = partial(_draw, model, batch, **common, **first)
+                    first = {"size": size, "steps": steps, "controls": acting}
+                    work = partial(_draw, model, batch, given, **common, **first)
                     if highres is not None:
-                        work = partial(_draw_twice, model, batch, highres, controls, first, common)
+                        work = partial(_draw_twice, model, batch, given, highres, controls, first, common)
                     if (found := thrift.tried(len(batch), work)) is not None:
                         rest = rest[len(batch) :]
                         yield from zip(batch, found, strict=True)
 
 
-def _draw(model: LatentDiffusion, batch: Sequence[Picture], **settings: Any) -> list[Image.Image]:
+def _draw(model: LatentDiffusion, batch: Sequence[Picture], given: _Given, **settings: Any) -> list[Image.Image]:
     with telling_of_compiler():
-        return draw(model, _wishes(model, batch), **settings)
+        return draw(model, _wishes(model, batch), **given(), **settings)
 
 
 def _draw_twice(
     model: LatentDiffusion,
     batch: Sequence[Picture],
+    given: _Given,
     highres: Highres,
     controls: Controls | None,
     first: Mapping[str, Any],
@@ -178,7 +174,7 @@ def _draw_twice(
     size = highres.size(first["size"])
     with telling_of_compiler():
         wishes = _wishes(model, batch)
-        latents = draw_latents(model, wishes, **first, **common)
+        latents = draw_latents(model, wishes, **given(), **first, **common)
         second = {
             "size": size,
             "steps": highres.steps(first["steps"]),
@@ -187,6 +183,14 @@ def _draw_twice(
         acting = [] if controls is None else controls.at(size)
         beginning = highres.beginning(model, latents, size)
         return draw(model, wishes, **second, **common, beginning=beginning, controls=acting)
+
+
+def _given(model: LatentDiffusion, source: Source | None, size: Size, denoise: float | None) -> dict[str, Any]:
+    """Return what the VAE makes of the picture that is drawn on from, by the names of `draw_latents`' settings."""
+    return {
+        "beginning": None if source is None or denoise is None else _beginning(model, source, size, denoise),
+        "inpainting": _inpainting(model, source, size) if model.is_inpainting else None,
+    }
 
 
 def _beginning(model: LatentDiffusion, source: Source, size: Size, denoise: float) -> Beginning | None:

@@ -1,10 +1,11 @@
 """What is done when memory runs out while pictures are drawn: they are drawn again with less, and it is told how."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from lorasmith.config import DrawConfig
@@ -18,11 +19,14 @@ class Thrift:
     """How much memory drawing takes: as much as was asked for, and less each time that was too much.
 
     None of it changes a picture but for rounding. There are few ways to save, so trying again comes to an end.
+
+    Args:
+        nets: of ControlNets.
     """
 
-    def __init__(self, cfg: DrawConfig, model: LatentDiffusion) -> None:
+    def __init__(self, cfg: DrawConfig, model: LatentDiffusion, nets: Sequence[nn.Module] = ()) -> None:
         self.batch_size = cfg.batch_size
-        self._model, self._is_sliced = model, cfg.attention == "sliced"
+        self._model, self._nets, self._is_sliced = model, nets, cfg.attention == "sliced"
         self._savings = self._save() if cfg.on_out_of_memory == "retry" else iter(())
 
     def tried(self, count: int, work: Callable[[], Result]) -> Result | None:
@@ -52,7 +56,7 @@ class Thrift:
             self.batch_size //= 2
             yield f"--batch-size {self.batch_size}"
         if not self._is_sliced:
-            set_attention(self._model, "sliced")
+            set_attention(self._model, "sliced", self._nets)
             yield "--attention sliced"
         if next(self._model.vae.parameters()).device.type != "cpu":
             self._model.vae.to(torch.device("cpu"))
