@@ -298,23 +298,12 @@ def applied(
     """
     layers = model.adaptable_layers()
     hooked: dict[str, list[tuple[int, Adapter]]] = {}
-    for name in sorted({name for addition in additions for name in addition.factors}) if not is_folded else ():
-        shape = layers[name].get_parameter("weight").shape
-        own = [
-            (number, one.adapter(name, shape).to(model.device))
-            for number, one in enumerate(additions)
-            if name in one.factors
-        ]
-        is_sum = len(own) == 1 or all(type(adapter) is LoRA for _, adapter in own)
-        if is_sum and not isinstance(layers[name], nn.Embedding):
-            hooked[name] = own
+    if not is_folded:
+        plain = [name for name, layer in layers.items() if not isinstance(layer, nn.Embedding)]
+        hooked = _sums(additions, {name: layers[name].get_parameter("weight").shape for name in plain})
     rest = [addition.on(addition.factors.keys() - hooked.keys()) for addition in additions]
-    for number, addition in enumerate(rest):
-        if regions is not None and regions.has(number) and addition.factors:
-            raise UserError(
-                f"{addition.file.path} changes {_shorten(sorted(addition.factors))} in a way that has to be folded "
-                "into the weights, which are the same everywhere: it cannot have a mask, alone or beside other LoRAs."
-            )
+    if regions is not None:
+        _check_attached([one for number, one in enumerate(rest) if regions.has(number)])
     parameters = {
         parameter: parameter.detach().to("cpu", copy=True)
         for name in {name for addition in rest for name in addition.factors}
@@ -322,9 +311,9 @@ def applied(
     }
     handles = [
         layers[name].register_forward_hook(
-            regions.hook(number, name, adapter)
+            regions.hook(number, name, adapter.to(model.device))
             if regions is not None and regions.has(number)
-            else partial(_adapted, adapter)
+            else partial(_adapted, adapter.to(model.device))
         )
         for name, own in hooked.items()
         for number, adapter in own
@@ -339,6 +328,36 @@ def applied(
         with torch.no_grad():
             for parameter, value in parameters.items():
                 parameter.copy_(value)
+
+
+def check_regions(additions: Sequence[Addition], places: Mapping[str, AdapterPlace], masked: Collection[int]) -> None:
+    """Check, without the model, that LoRAs of these numbers can act in a region alone, as far as headers tell.
+
+    Raises:
+        UserError: one has to be folded.
+    """
+    sums = _sums(additions, {name: place.shape for name, place in places.items()})
+    _check_attached([additions[number].on(additions[number].factors.keys() - sums.keys()) for number in masked])
+
+
+def _sums(additions: Sequence[Addition], shapes: Mapping[str, Sequence[int]]) -> dict[str, list[tuple[int, Adapter]]]:
+    """Return, of the layers with these shapes, the numbered adapters of each where none depends on another."""
+    found: dict[str, list[tuple[int, Adapter]]] = {}
+    for name in sorted({name for addition in additions for name in addition.factors if name in shapes}):
+        own = [(number, one.adapter(name, shapes[name])) for number, one in enumerate(additions) if name in one.factors]
+        if len(own) == 1 or all(type(adapter) is LoRA for _, adapter in own):
+            found[name] = own
+    return found
+
+
+def _check_attached(rest: Sequence[Addition]) -> None:
+    """Refuse what would have to be folded of LoRAs that are to act in a region alone."""
+    for addition in rest:
+        if addition.factors:
+            raise UserError(
+                f"{addition.file.path} changes {_shorten(sorted(addition.factors))} in a way that has to be folded "
+                "into the weights, which are the same everywhere: it cannot have a mask, alone or beside other LoRAs."
+            )
 
 
 def _adapted(adapter: Adapter, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:

@@ -522,9 +522,11 @@ def test_a_mask_says_where_a_lora_acts(
 
 
 def test_a_lora_that_has_to_be_folded_can_have_no_mask(
-    base: Path, loras: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Two LoRAs on a layer, one of them a DoRA: one without a mask may be folded."""
+    base: Path, loras: dict[str, Path], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Two LoRAs on a layer, one of them a DoRA: one without a mask may be folded. It is told before the model loads."""
+    monkeypatch.delattr(generate, "load")
     Image.new("L", (64, 64), 255).save(tmp_path / "white.png")
     options = ["--lora", str(loras["robot"]), str(loras["style"]), "--steps", "1", "--output", str(tmp_path / "out")]
     command = ["generate", "a cat", "--base", str(base), *options, "--lora-mask", "none", str(tmp_path / "white.png")]

@@ -161,6 +161,9 @@ def _pictures(
                 f"and {one.guidance:g} is none; give a scale above 1, or leave it out."
             )
     check_pictures(found, facts, cfg.sigmas)
+    if masked := dict(_mask_files(cfg)):
+        for tags in dict.fromkeys(one.loras for one in found):
+            loras.check_regions(tags, masked)
     for steps in {one.steps if one.denoise is None else drawn_steps(one.steps, one.denoise) for one in found}:
         controls.check_steps(steps)
     if highres is not None:

@@ -1,7 +1,7 @@
 """The LoRAs that pictures are drawn with: found by name, checked against the model, at the strengths that are asked."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from lorasmith import merging, model_families
@@ -74,6 +74,15 @@ class Loras:
         """Return these LoRAs at their strengths."""
         strengths = [(self._read[tag.name], Strength(tag.unet, tag.text_encoder)) for tag in tags]
         return [addition.at(strength, self._places) for addition, strength in strengths]
+
+    def check_regions(self, tags: Sequence[LoraTag], masked: Collection[str]) -> None:
+        """Check that these LoRAs, of which some have masks, can have them.
+
+        Raises:
+            UserError: one has to be folded.
+        """
+        numbers = [number for number, tag in enumerate(tags) if tag.name in masked]
+        merging.check_regions(self.additions(tags), self._places, numbers)
 
     def hashes(self, tags: Sequence[LoraTag]) -> dict[str, str]:
         """Return the hash of each of these LoRAs, as WebUI shows it: 12 digits of that of its tensors."""
