@@ -66,7 +66,16 @@ def test_what_gradients_run_through_is_compiled_and_samples_are_drawn_without(
     assert [type(module).__name__ for module, _ in compiled] == expected
     assert all(options == {"backend": "aot_eager", "dynamic": False} for _, options in compiled)
     assert set(stances) == {"force_eager"} and len(stances) >= 3  # two drawings and a save
-    assert "compiled by aot_eager for 2 shapes" in " ".join(capsys.readouterr().out.split())
+    assert "compiled by aot_eager for 2 shapes of batch" in " ".join(capsys.readouterr().out.split())
+
+
+def test_shapes_are_counted_as_steps_have_them(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, size in enumerate([(128, 128), (128, 128), (64, 256), (64, 256), (64, 256)]):
+        Image.effect_noise(size, 40).convert("RGB").save(tmp_path / f"{number}.png")
+    given = ["--base", str(place / "tiny.safetensors"), "--images", str(tmp_path), "--output", str(tmp_path / "out")]
+    assert main(["train", *given, *WORDS, "--compile", "eager", "--batch-size", "2", "--dry-run"]) == 0
+    # two of the one, two of the other and a last one alone
+    assert "compiled by eager for 3 shapes of batch," in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.slow

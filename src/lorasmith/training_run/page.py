@@ -103,8 +103,9 @@ def describe_plan(cfg: TrainConfig, ready: Preparation, processes: Processes) ->
 def _compiled_lines(cfg: TrainConfig, ready: Preparation) -> list[str]:
     if cfg.training.compile is None:
         return []
-    shapes = len({crop.shape for crop in ready.crops})
-    many = f"{shapes} shape{'s' * (shapes > 1)}"
+    batches = (batch for step in range(ready.plan.steps_per_epoch) for batch in ready.plan.step(step, 0))
+    shapes = len({(batch.shape, len(batch.samples)) for batch in batches})
+    many = f"{shapes} shape{'s' * (shapes > 1)} of batch"
     return [f"compiled by {cfg.training.compile} for {many}, minutes each before its first step; samples are not"]
 
 
