@@ -49,6 +49,13 @@ def test_files_are_as_given(tmp_path: Path) -> None:
     assert lora_files([late, early]) == ([late, early], [])
 
 
+def test_steps_that_no_run_has_are_not_read(tmp_path: Path) -> None:
+    """Metadata are anyone's, and Python reads no number of that many digits."""
+    for name, steps in (("a-2", "7"), ("b-1", "9" * 5000)):
+        write_safetensors(tmp_path / f"{name}.safetensors", {"a": torch.ones(1)}, {"ss_steps": steps})
+    assert [path.stem for path in lora_files([tmp_path])[0]] == ["b-1", "a-2"]
+
+
 def test_mistakes(tmp_path: Path) -> None:
     file = write(tmp_path, "a.safetensors", 1)
     (tmp_path / "empty").mkdir()

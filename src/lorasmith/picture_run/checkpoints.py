@@ -9,6 +9,7 @@ from lorasmith.checkpoint import open_checkpoint
 from lorasmith.errors import UserError
 
 _SUFFIXES = (".safetensors", ".pt", ".ckpt")
+_STEPS = re.compile(r"\d{1,18}")
 _LAST_NUMBER = re.compile(r"(\d+)\D*$")
 
 
@@ -42,7 +43,7 @@ def _in_order(folder: Path) -> tuple[list[Path], list[str]]:
     metadata = {path: _metadata(path) for path in files}
     # Numbers in names may count epochs in one file and steps in another, so they are compared only where files tell
     # no steps.
-    has_steps = all(facts.get("ss_steps", "").isdecimal() for facts in metadata.values())
+    has_steps = all(_STEPS.fullmatch(facts.get("ss_steps", "")) for facts in metadata.values())
 
     def place(path: Path) -> tuple[float, float]:
         number = _LAST_NUMBER.search(path.stem)

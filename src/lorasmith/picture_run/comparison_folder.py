@@ -35,11 +35,10 @@ class ComparisonFolder:
     def __init__(self, wanted: Path, marks: Mapping[str, str]) -> None:
         self._marks, self.drawn = marks, dict[str, Path]()
         for path in _names(wanted):
-            self.path = path
-            self.drawn |= {
-                name: path / CELLS / name for name, mark in marks.items() if _mark(path / CELLS / name) == mark
-            }
-            if self._is_ours(path):
+            self.path, lying = path, _visible(path / CELLS)
+            here = {name: self.file(name) for name in lying & set(marks) if _is_whole(self.file(name), marks[name])}
+            self.drawn |= here
+            if not path.exists() or (lying == set(here) and self._has_nothing_else()):
                 return
         raise UserError(f"--output {wanted}: there is no free folder of this name; give another.")
 
@@ -72,15 +71,11 @@ class ComparisonFolder:
         with atomic_file(self.file(name)) as temporary:
             picture.save(temporary, "PNG", pnginfo=info)
 
-    def _is_ours(self, path: Path) -> bool:
-        """Whether nothing lies there but these pictures, and sheets of all of these, but no page yet."""
-        if not path.exists():
-            return True
-        names = _visible(path)
-        pictures = _visible(path / CELLS)
-        if names - {CELLS} and (pictures != set(self._marks) or not all(map(_SHEET.fullmatch, names - {CELLS}))):
-            return False
-        return path.is_dir() and all(_mark(path / CELLS / name) == self._marks.get(name) for name in pictures)
+    def _has_nothing_else(self) -> bool:
+        """Whether nothing lies there beside the pictures but sheets of all of these, and no page yet."""
+        others = _visible(self.path) - {CELLS}
+        is_done = set(self._marks) <= _visible(self.path / CELLS)
+        return self.path.is_dir() and (not others or (is_done and all(map(_SHEET.fullmatch, others))))
 
 
 def _names(wanted: Path) -> Iterator[Path]:
@@ -95,10 +90,13 @@ def _visible(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir() if not path.name.startswith(".")} if folder.is_dir() else set()
 
 
-def _mark(path: Path) -> str | None:
+def _is_whole(path: Path, mark: str) -> bool:
+    """Whether a picture with this mark lies there; others are not decoded."""
     try:
         with Image.open(path) as picture:
+            if picture.info.get(_MARK) != mark:
+                return False
             picture.load()
-            return picture.info.get(_MARK, "")
+            return True
     except (OSError, SyntaxError, ValueError):
-        return ""
+        return False
