@@ -56,6 +56,13 @@ def test_steps_that_no_run_has_are_not_read(tmp_path: Path) -> None:
     assert [path.stem for path in lora_files([tmp_path])[0]] == ["b-1", "a-2"]
 
 
+@pytest.mark.parametrize("part", ["", "unet"])
+def test_a_folder_of_peft_is_a_lora(part: str, tmp_path: Path) -> None:
+    (tmp_path / "robot" / part).mkdir(parents=True)
+    write(tmp_path / "robot" / part, "adapter_model.safetensors", None)
+    assert lora_files([tmp_path / "robot"]) == ([tmp_path / "robot"], [])
+
+
 def test_mistakes(tmp_path: Path) -> None:
     file = write(tmp_path, "a.safetensors", 1)
     (tmp_path / "empty").mkdir()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lorasmith.checkpoint import open_checkpoint
 from lorasmith.errors import UserError
+from lorasmith.formats import peft
 
 _SUFFIXES = (".safetensors", ".pt", ".ckpt")
 _STEPS = re.compile(r"\d{1,18}")
@@ -17,7 +18,7 @@ def lora_files(given: Sequence[Path]) -> tuple[list[Path], list[str]]:
     """Return the files, and a line for each that is left out.
 
     Of a folder these are all LoRAs in it, but not in the folders in it, in the order of their steps; one that is the
-    same as another, as `last` is as the last epoch, is left out.
+    same as another, as `last` is as the last epoch, is left out. A folder of PEFT's is one LoRA.
 
     Raises:
         UserError: one is not there or given twice, or a folder has none.
@@ -27,7 +28,7 @@ def lora_files(given: Sequence[Path]) -> tuple[list[Path], list[str]]:
     for path in given:
         if not path.exists():
             raise UserError(f"{path}: there is no such LoRA file or folder; check the path.")
-        files, left_out = _in_order(path) if path.is_dir() else ([path], [])
+        files, left_out = ([path], []) if path.is_file() or peft.adapter_files(path) else _in_order(path)
         notes += left_out
         for one in files:
             if any(one.samefile(other) for other in found):
