@@ -92,7 +92,8 @@ def test_what_stands_under_prompt_holds_for_all(tmp_path: Path) -> None:
         ("a --am 0.8,much", "--am 0.8,much: expected a number for each LoRA"),
         ("a --t 0", "--t 0: expected a number above 0 and at most 1"),
         ("a --f ../b", "--f ../b: expected a name without folders"),
-        ("a --zzz", "There are --n (negative)"),
+        ("a --zzz", "no option --zzz; there are --n (negative)"),
+        ("a --cn x.png", "one picture for all prompts (generate --control-picture)"),
     ],
 )
 def test_a_wrong_option_is_told(text: str, expected: str) -> None:

@@ -142,7 +142,7 @@ _FOR_GENERATE = ("nl", "t", "am", "f")
 _BY_OPTION = {option: (field, read) for option, _, field, read in _TABLE}
 _BY_KEY = {"prompt": ("text", _text), **{key: (field, read) for _, key, field, read in _TABLE}}
 _WRITTEN_OUT = {name: option for option, key, field, _ in _TABLE for name in (key, field)}
-_FOR_OTHERS = {"g", "cn", "ctr", "rcfg", "fs", "of"}  # sd-scripts' options for other models and ControlNet
+_FOR_OTHERS = {"g", "rcfg", "fs", "of"}  # sd-scripts' options for other models
 
 
 def parse(line: str) -> Prompt:
@@ -180,8 +180,11 @@ def is_file(prompts: Sequence[str]) -> bool:
     return len(prompts) == 1 and Path(prompts[0]).suffix.lower() in (".txt", ".toml", ".json")
 
 
-def read_file(path: Path) -> list[Prompt]:
+def read_file(path: Path, flag: str = "--prompts") -> list[Prompt]:
     """Return a file's prompts.
+
+    Args:
+        flag: the option that names it, for messages.
 
     Raises:
         UserError: it cannot be read, is no such file, or holds no prompt.
@@ -190,42 +193,46 @@ def read_file(path: Path) -> list[Prompt]:
         text = read_text(path)
         table = parse_toml(path, text) if path.suffix.lower() == ".toml" else {}
     except UserError as error:
-        raise UserError(f"--prompts {error}") from error
+        raise UserError(f"{flag} {error}") from error
+    place = f"{flag} {path}"
     if path.suffix.lower() == ".txt":
-        return read_lines(path, text)
-    return _some(path, [_named(path, _entry, one) for one in _entries(path, text, table)])
+        return read_lines(place, text)
+    return _some(place, [_named(place, _entry, one) for one in _entries(place, path, text, table)])
 
 
-def read_lines(path: Path, text: str) -> list[Prompt]:
-    """Return the prompts in a text, one a line, which is said to be a file's.
+def read_lines(place: str, text: str) -> list[Prompt]:
+    """Return the prompts in a text, one a line.
+
+    Args:
+        place: where the text comes from, for messages.
 
     Raises:
         UserError: it holds no prompt, or one with a wrong option.
     """
     lines = [line.strip() for line in text.splitlines()]
-    return _some(path, [_named(path, parse, line) for line in lines if line and not line.startswith("#")])
+    return _some(place, [_named(place, parse, line) for line in lines if line and not line.startswith("#")])
 
 
-def _some(path: Path, prompts: list[Prompt]) -> list[Prompt]:
+def _some(place: str, prompts: list[Prompt]) -> list[Prompt]:
     if not prompts:
-        raise UserError(f"--prompts {path}: no prompt in it; write one a line (.txt), or as docs/training-log.md says.")
+        raise UserError(f"{place}: no prompt in it; write one a line (.txt), or as docs/training-log.md says.")
     return prompts
 
 
-def _entries(path: Path, text: str, table: dict[str, Any]) -> list[Any]:
+def _entries(place: str, path: Path, text: str, table: dict[str, Any]) -> list[Any]:
     if path.suffix.lower() == ".json":
         try:
             entries = json.loads(text)
         except ValueError as error:
-            raise UserError(f"--prompts {path}: this is not JSON ({error}).") from error
+            raise UserError(f"{place}: this is not JSON ({error}).") from error
         if isinstance(entries, list):
             return entries
-        raise UserError(f'--prompts {path}: expected a list, such as [{{"prompt": "a cat", "width": 512}}].')
+        raise UserError(f'{place}: expected a list, such as [{{"prompt": "a cat", "width": 512}}].')
     common: Any = table.get("prompt")
     subsets = common.pop("subset", None) if isinstance(common, dict) else None
     if set(table) != {"prompt"} or not isinstance(subsets, list) or not all(isinstance(one, dict) for one in subsets):
         raise UserError(
-            f"--prompts {path}: expected [prompt] with what all have in common, and [[prompt.subset]] for each prompt."
+            f"{place}: expected [prompt] with what all have in common, and [[prompt.subset]] for each prompt."
         )
     return [{**common, **subset} for subset in subsets]
 
@@ -247,12 +254,14 @@ def _entry(entry: Any) -> Prompt:
 
 
 def _unknown_option(name: str) -> str:
+    if name in ("cn", "ctr"):
+        return f"--{name} is refused: a ControlNet is shown one picture for all prompts (generate --control-picture)."
     if name in _FOR_OTHERS:
         return f"--{name} is for models that cannot be trained here; leave it out."
     near = difflib.get_close_matches(name.lower().replace("-", "_"), [*_WRITTEN_OUT, *_BY_OPTION], n=1)
-    hint = f"did you mean --{_WRITTEN_OUT.get(near[0], near[0])}? " if near else ""
+    hint = f"did you mean --{_WRITTEN_OUT.get(near[0], near[0])}? There" if near else "there"
     names = ", ".join(f"--{option} ({field})" for option, _, field, _ in _TABLE)
-    return f"there is no option --{name}; {hint}There are {names}."
+    return f"there is no option --{name}; {hint} are {names}."
 
 
 def _read(where: str, read: Callable[[Any], Any], value: Any) -> Any:
@@ -262,8 +271,8 @@ def _read(where: str, read: Callable[[Any], Any], value: Any) -> Any:
         raise UserError(f"{where}: expected {error}.") from None
 
 
-def _named(path: Path, read: Callable[[Any], Prompt], what: Any) -> Prompt:
+def _named(place: str, read: Callable[[Any], Prompt], what: Any) -> Prompt:
     try:
         return read(what)
     except UserError as error:
-        raise UserError(f"--prompts {path}: {error}") from error
+        raise UserError(f"{place}: {error}") from error

@@ -65,8 +65,8 @@ def sampler_named(name: str) -> str:
     plain = name.lower()
     if plain not in _SAMPLERS and plain not in _OTHER_NAMES:
         near = difflib.get_close_matches(plain, [*_SAMPLERS, *_OTHER_NAMES], n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise UserError(f"there is no sampler named {name!r}; {hint}There are: {', '.join(_SAMPLERS)}.")
+        hint = f"did you mean {near[0]}? There" if near else "there"
+        raise UserError(f"there is no sampler named {name!r}; {hint} are: {', '.join(_SAMPLERS)}.")
     found = _OTHER_NAMES.get(plain, plain)
     if found == "lms":
         _check_scipy("the sampler lms")

@@ -82,7 +82,7 @@ def draw(
     count, load = iter(range(1000)), generate.load
 
     def load_once(cfg: GenerateConfig, *rest: Any) -> Any:
-        key = cfg.base, cfg.clip_skip
+        key = cfg.base, cfg.clip_skip, cfg.zero_terminal_snr
         if key not in loaded:
             loaded[key] = load(cfg, *rest)
         return loaded[key]
@@ -544,7 +544,7 @@ def test_what_a_picture_was_drawn_from_is_in_its_file(
     prompt = "ein Kätzchen 猫, (red:1.2)\nwith: a second line"
     [picture] = draw(
         prompt, "--negative", 'bad, "worse"', "--lora", loras["robot"], "--strength", 0.5, "--form", form,
-        "--sigmas", "karras", "--clip-skip", 2,
+        "--sigmas", "karras", "--clip-skip", 2, "--zero-terminal-snr",
     )  # fmt: skip
     assert picture.suffix == suffix
     assert parsed(text_of(picture)) == {
@@ -552,6 +552,7 @@ def test_what_a_picture_was_drawn_from_is_in_its_file(
         "Negative prompt": 'bad, "worse"',
         "Steps": "3", "Sampler": "DPM++ 2M", "Schedule type": "Karras", "CFG scale": "7.5", "Seed": "7",
         "Size": "64x64", "Model hash": file_sha256(base)[:10], "Model": "mini", "Clip skip": "2", "RNG": "CPU",
+        "Noise Schedule": "Zero Terminal SNR",
         "Lora hashes": f"robot: {model_hash(loras['robot'].read_bytes())[:12]}",
         "Version": parsed(text_of(picture))["Version"],
     }  # fmt: skip

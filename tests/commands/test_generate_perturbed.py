@@ -46,7 +46,7 @@ def draw(base: Path, tmp_path: Path, loaded: list[Any], monkeypatch: pytest.Monk
 
     def run(*arguments: object) -> list[Any]:
         folder = tmp_path / f"out{next(count)}"
-        common = ["--base", base, "--output", folder, "--steps", 3, "--seed", 7, "--size", 128, "--device", "cpu"]
+        common = ["--base", base, "--output", folder, "--steps", 2, "--seed", 7, "--size", 128, "--device", "cpu"]
         assert main(["generate", "--prompt", *map(str, [*arguments, *common])]) == 0
         return [np.asarray(Image.open(path)).astype(int) for path in sorted(folder.iterdir())]
 
@@ -82,7 +82,7 @@ def test_the_same_picture_as_diffusers_own_pipeline(
 ) -> None:
     pipeline.set_pag_applied_layers(layers)
     theirs = pipeline(
-        "a photo of a cat", negative_prompt="blurred", width=128, height=128, num_inference_steps=3,
+        "a photo of a cat", negative_prompt="blurred", width=128, height=128, num_inference_steps=2,
         guidance_scale=guidance, pag_scale=scale, guidance_rescale=rescale, generator=torch.Generator().manual_seed(7),
     ).images[0]  # fmt: skip
     common = ("--negative", "blurred", "--guidance", guidance, "--guidance-rescale", rescale)

@@ -33,7 +33,7 @@ def lora(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def draw(base: Path, lora: Path, output: Path, *options: str) -> list[Any]:
     """Draw without the LoRA, with it, and without it again."""
     prompts = ["a cat <lora:robot:0>", "a cat", "a cat <lora:robot:0>"]
-    common = ["--base", str(base), "--output", str(output), "--steps", "2", "--seed", "7", "--device", "cpu"]
+    common = ["--base", str(base), "--output", str(output), "--steps", "1", "--seed", "7", "--device", "cpu"]
     assert main(["generate", *prompts, "--lora", str(lora), *common, *options]) == 0
     return [np.asarray(Image.open(path)).astype(int) for path in sorted(output.iterdir())]
 

@@ -61,6 +61,8 @@ def facts_of_all(cfg: DrawConfig, checkpoint: Checkpoint) -> dict[str, str]:
         facts["VAE"] = Path(cfg.vae).name
     if cfg.clip_skip > 1:
         facts["Clip skip"] = str(cfg.clip_skip)
+    if cfg.zero_terminal_snr:
+        facts["Noise Schedule"] = "Zero Terminal SNR"
     if cfg.guidance_rescale:
         facts["CFG Rescale"] = f"{cfg.guidance_rescale:g}"
     if cfg.pag_scale:
