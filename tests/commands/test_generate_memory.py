@@ -98,8 +98,9 @@ def test_it_ends_where_nothing_fits(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     tried = limit(monkeypatch, rows=0, heads=0)
-    code, found = draw(base, tmp_path / "out", "--batch-size", "4", *options)
+    code, found = draw(base, tmp_path / "out", "--batch-size", "4", "--highres-scale", "2", *options)
     error = capsys.readouterr().err
     assert code == 2 and not found and len(tried) == num_tries
-    assert "--precision bf16" in error and "Traceback" not in error and "2.00 GiB" in error
+    assert "--highres-scale than 2" in error and "--precision bf16" in error
+    assert "Traceback" not in error and "2.00 GiB" in error
     assert ("--on-out-of-memory retry" in error and "--batch-size than 4" in error) == bool(options)

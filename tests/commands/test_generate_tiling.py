@@ -36,24 +36,9 @@ def draw(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Drawn:
 
     def run(size: str, *arguments: object) -> tuple[Any, list[tuple[int, ...]]]:
         folder = tmp_path / f"out{next(count)}"
-        options = [
-            "--base",
-            base,
-            "--output",
-            folder,
-            "--size",
-            size,
-            "--steps",
-            1,
-            "--seed",
-            7,
-            "--device",
-            "cpu",
-            "--guidance",
-            1,
-        ]
+        options = ["--base", base, "--output", folder, "--size", size, "--seed", 7, "--device", "cpu"]
         seen.clear()
-        assert main(["generate", "a cat", *map(str, options), *map(str, arguments)]) == 0
+        assert main(["generate", "a cat --s 1 --l 1", *map(str, options), *map(str, arguments)]) == 0
         return np.asarray(Image.open(next(folder.iterdir()))).astype(float), list(seen)
 
     return run

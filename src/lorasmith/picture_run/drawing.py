@@ -15,7 +15,7 @@ from torch import nn
 
 from lorasmith import merging, model_families, perturbed_attention, prompt_syntax
 from lorasmith.checkpoint import Checkpoint, open_checkpoint
-from lorasmith.config import DrawConfig
+from lorasmith.config import DrawConfig, GenerateConfig
 from lorasmith.data.buckets import Size
 from lorasmith.devices import DTYPES, check_device, choose_device, choose_precision
 from lorasmith.errors import UserError
@@ -268,6 +268,7 @@ def telling_of_memory(cfg: DrawConfig, base: Base, pictures: Sequence[Drawing], 
 
 def _out_of_memory(cfg: DrawConfig, base: Base, pictures: Sequence[Drawing], written: str, error: BaseException) -> str:
     width, height = max((one.size for one in pictures), key=lambda size: size[0] * size[1])
+    scale = cfg.highres_scale if isinstance(cfg, GenerateConfig) else None
     is_stopped = cfg.on_out_of_memory == "stop"  # otherwise all that changes no picture was tried
     ways = [
         *(["--on-out-of-memory retry, which finds what fits"] if is_stopped else []),
@@ -275,6 +276,7 @@ def _out_of_memory(cfg: DrawConfig, base: Base, pictures: Sequence[Drawing], wri
         *(["--attention sliced"] if is_stopped and cfg.attention != "sliced" else []),
         *(["--vae-tiling on"] if cfg.vae_tiling != "on" else []),
         *(["--precision bf16, which takes half"] if base.precision == "fp32" else []),
+        *([f"a lower --highres-scale than {scale:g}"] if scale else []),
         f"a smaller --size than {width},{height}",
         "closing other programs",
     ]
