@@ -236,6 +236,7 @@ def test_one_that_was_stopped_goes_on_and_another_judge_takes_the_same_pictures(
         ({"--prompts": "a {red|blue} cat"}, "have variants"),
         ({"--prompts": "a cat <lora:robot:1>"}, "none can name LoRAs"),
         ({"--unrelated-prompts": "a sea"}, "give two or more"),
+        ({"--unrelated-prompts": "{empty}.txt"}, "--unrelated-prompts {empty}.txt: no prompt in it"),
         ({"--strengths": "0"}, "strength 0 is the base model alone"),
         ({"--output": "{clip}/config.json/x"}, "no folder can be made there"),
         ({"--prompts": f"a cat --d {2**63 - 1}"}, "is too large; seeds go up to"),
@@ -257,6 +258,7 @@ def test_mistakes_are_told_in_a_line_before_a_model_is_loaded(
     for place in ("lorasmith.picture_run.drawing.model_families.load", "lorasmith.picture_judges.load"):
         monkeypatch.setattr(place, lambda *_, **__: pytest.fail("something was loaded"))
     (tmp_path / "empty").mkdir()
+    (tmp_path / "empty.txt").write_text("")
     (tmp_path / "twice.txt").write_text("a cat\na cat\n")
     places = {**given, "empty": tmp_path / "empty", "twice": tmp_path / "twice.txt"}
     if "{sd2}" in changes.values():
@@ -272,7 +274,7 @@ def test_mistakes_are_told_in_a_line_before_a_model_is_loaded(
 
     error = capsys.readouterr().err
     assert code == 2
-    assert told in error
+    assert told.replace("{empty}", str(places["empty"])) in error
     assert len(error.splitlines()) == 1
     assert not (tmp_path / "out").exists()
 

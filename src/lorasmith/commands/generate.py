@@ -179,7 +179,7 @@ def _prompts(cfg: GenerateConfig) -> list[Prompt]:
             raise UserError('missing: what to draw. For example: lorasmith generate "a photo of a cat" --base ...')
         return [prompts.parse(line) for line in cfg.prompt]
     if cfg.prompts == Path("-"):
-        return prompts.read_lines(cfg.prompts, sys.stdin.read())
+        return prompts.read_lines(f"--prompts {cfg.prompts}", sys.stdin.read())
     if not prompts.is_file([str(cfg.prompts)]):
         raise UserError(f"--prompts {cfg.prompts}: expected a file that ends in .txt, .toml or .json, or - .")
     return prompts.read_file(cfg.prompts)

@@ -163,7 +163,7 @@ def _texts(flag: str, given: Sequence[str]) -> list[Prompt]:
         UserError: one cannot be read, names a LoRA or has variants.
     """
     is_file = prompts.is_file(given)
-    found = prompts.read_file(Path(given[0]).expanduser()) if is_file else [prompts.parse(text) for text in given]
+    found = prompts.read_file(Path(given[0]).expanduser(), flag) if is_file else [prompts.parse(text) for text in given]
     if twice := [one.text for number, one in enumerate(found) if one in found[:number]]:
         raise UserError(f"{flag} {twice[0]!r} is given twice; leave it out once.")
     return [
