@@ -157,6 +157,7 @@ def test_controlnets_are_those_of_generate_and_short_lists_are_filled() -> None:
         ([*PROMPT, *CONTROLS, "--control_net_weights=1", "--control_net_multipliers=1"], "say the same; leave one"),
         ([*PROMPT, *CONTROLS, "--control_net_ratios=0"], "'0,0': expected two numbers"),
         ([*PROMPT, "--highres_fix_scale=2"], "--highres_fix_scale 2: expected a share of --W and --H"),
+        ([*PROMPT, "--highres_fix_scale=0.5", "--image_path=i.png"], "--highres_fix_scale and --image_path do not go"),
         ([*PROMPT, "--highres_fix_scale=0.6", "--H=768"], "0.6 of 512x768 is 288x448, for"),
         ([*PROMPT, "--highres_fix_scale=0.5", "--highres_fix_upscaler=tools.esrgan"], "--highres-upscaler my_module"),
         (["--prompt=a cat --w 640", "--highres_fix_scale=0.5"], "--w is refused with --highres_fix_scale"),

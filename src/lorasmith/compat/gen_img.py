@@ -100,6 +100,11 @@ def _size(given: Values) -> str | None:
 
 def _highres(given: Values) -> dict[str, Any]:
     """Return the two passes: sizes are of the last one there, of the first one here; steps are of each pass in both."""
+    if "image_path" in given:
+        raise UserError(
+            "--highres_fix_scale and --image_path do not go together here; leave out one of them: with --image_path, "
+            "larger --W and --H enlarge the picture that is drawn on from."
+        )
     share, sizes = given["highres_fix_scale"], (given.get("W", 512), given.get("H", 512))
     if not 0 < share < 1:
         raise UserError(f"--highres_fix_scale {share:g}: expected a share of --W and --H, above 0 and below 1.")
