@@ -157,6 +157,18 @@ def test_a_failed_upload_is_told_and_the_run_is_whole(
     assert "--upload me/dog failed: " in error and f"hf upload me/dog {tmp_path / 'out' / 'hub'} . --private" in error
 
 
+def test_the_plan_tells_what_goes_where(hub: Hub, base: Path, tmp_path: Path) -> None:
+    _, printed = run(base, tmp_path, "--dry-run", "--upload", "me/dog")
+    assert "uploaded to me/dog (private if new): at the end the LoRA, its page and samples" in printed
+    options = ["--upload", "me/dog", "--upload-folder", "loras", "--upload-public", "--upload-saves", "--upload-states"]
+    plan = " ".join(run(base, tmp_path, "--dry-run", *options)[1].split())
+    assert (
+        "uploaded to me/dog, loras (public if new): at the end the LoRA, its page and samples; on the way each" in plan
+    )
+    assert "states with run.toml, which names folders" in plan
+    assert "uploaded to" not in run(base, tmp_path, "--dry-run")[1]
+
+
 SAVES = ["--save-every-steps", "1", "--steps", "3", "--no-before-after"]
 LORAS = ["step-00000001.safetensors", "step-00000002.safetensors"]
 

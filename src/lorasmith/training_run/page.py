@@ -34,6 +34,7 @@ from lorasmith.training_run.rates import PART_TITLES, average_lines, rate_lines
 from lorasmith.training_run.samples import sample_lines
 from lorasmith.training_run.scoring import judge_lines
 from lorasmith.training_run.shared_base import sharing_lines
+from lorasmith.training_run.uploading import upload_lines
 
 _ENCODED_TITLES: dict[Encoded, str] = {"latents": "latents", "text": "text embeddings"}
 
@@ -90,7 +91,8 @@ def describe_plan(cfg: TrainConfig, ready: Preparation, processes: Processes) ->
             *_compiled_lines(cfg, ready),
         ],
         "output": [
-            f"{output_folder(cfg).last()}{f' (going on from step {ready.state.facts.step})' if ready.state else ''}"
+            f"{output_folder(cfg).last()}{f' (going on from step {ready.state.facts.step})' if ready.state else ''}",
+            *upload_lines(cfg.save),
         ],
         "samples": [
             *sample_lines(ready.drawings),

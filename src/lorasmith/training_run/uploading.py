@@ -14,6 +14,19 @@ def target_of(save: SaveSection) -> Target:
     return Target(save.upload, save.upload_public, save.upload_folder or "")
 
 
+def upload_lines(save: SaveSection) -> list[str]:
+    """Say for the plan what is uploaded, and where to."""
+    if save.upload is None:
+        return []
+    parts = [
+        "at the end the LoRA, its page and samples",
+        *(["on the way each LoRA that is saved"] if save.upload_saves else []),
+        *(["states with run.toml, which names folders of this computer"] if save.upload_states else []),
+    ]
+    place = f"{save.upload}, {save.upload_folder}" if save.upload_folder else save.upload
+    return [f"uploaded to {place} ({'public' if save.upload_public else 'private'} if new): {'; '.join(parts)}"]
+
+
 class RunUploads:
     """Uploads LoRAs and states as they are saved, those that are wanted. Close it, or files that wait stay."""
 
