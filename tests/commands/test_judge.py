@@ -117,6 +117,8 @@ def test_each_lora_is_tried_at_each_strength_and_stands_in_the_table(
 
     names = [one["name"] for one in told["candidates"]]
     assert names == ["last at 0.5", "last at 1", "step-00000020 at 0.5", "step-00000020 at 1"]
+    assert [one["seed"] for one in told["base_pictures"]["pictures"]] == [1, 1]
+    assert [one["seed"] for one in told["base_pictures"]["unrelated"]] == [1, 2, 3]
     assert len({one["scores"]["damage"] for one in told["candidates"]}) == 4
     assert all(re.search(rf"^{name} +-?[\d.]+ ", out, re.MULTILINE) for name in ["base model", *names])
     assert told["verdict"] in out
@@ -242,7 +244,7 @@ def test_one_that_was_stopped_goes_on_and_another_judge_takes_the_same_pictures(
         ({"--prompts": f"a cat --d {2**63 - 1}"}, "is too large; seeds go up to"),
         ({"--prompts": "a cat --n {bad|worse}"}, "have variants"),
         ({"--negative": "{bad|worse}"}, "have variants"),
-        ({"--prompts": "{twice}"}, "'a cat' is given twice"),
+        ({"--prompts": "{twice}"}, "'a cat' is drawn twice from seed 2"),
         ({"--size": "68,64"}, "not a multiple of 8"),
         ({"--lora": "{sd2}"}, "is a LoRA for SD 2.x"),
     ],
@@ -259,7 +261,7 @@ def test_mistakes_are_told_in_a_line_before_a_model_is_loaded(
         monkeypatch.setattr(place, lambda *_, **__: pytest.fail("something was loaded"))
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty.txt").write_text("")
-    (tmp_path / "twice.txt").write_text("a cat\na cat\n")
+    (tmp_path / "twice.txt").write_text("a cat --d 2\na cat\n")
     places = {**given, "empty": tmp_path / "empty", "twice": tmp_path / "twice.txt"}
     if "{sd2}" in changes.values():
         other = write_tiny(tmp_path / "sd2.safetensors", "sd2", resolution=64)

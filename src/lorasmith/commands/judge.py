@@ -107,7 +107,7 @@ def run(cfg: JudgeConfig) -> int:
         raise UserError("--unrelated-prompts: what one prompt alone gives tells little; give two or more.")
     with open_base(cfg) as base:
         loras = Loras(base.checkpoint, [(path, Strength(0, 0)) for path in files], None)
-        drawings, rest = _drawings(cfg, base.facts, own, cfg.images), _drawings(cfg, base.facts, unrelated, 1)
+        drawings, rest = _drawings(cfg, base.facts, own, unrelated)
         tried = [Tried(), *(Tried(i, path, strength) for i, path in enumerate(files, 1) for strength in cfg.strengths)]
         pictures = {each: [Picture(**vars(one), loras=each.tags) for one in (*drawings, *rest)] for each in tried}
         check_pictures([one for found in pictures.values() for one in found], base.facts, cfg.sigmas)
@@ -164,8 +164,6 @@ def _texts(flag: str, given: Sequence[str]) -> list[Prompt]:
     """
     is_file = prompts.is_file(given)
     found = prompts.read_file(Path(given[0]).expanduser(), flag) if is_file else [prompts.parse(text) for text in given]
-    if twice := [one.text for number, one in enumerate(found) if one in found[:number]]:
-        raise UserError(f"{flag} {twice[0]!r} is given twice; leave it out once.")
     return [
         replace(one, text=_plain(flag, one.text), negative=one.negative and _plain(flag, one.negative)) for one in found
     ]
@@ -195,12 +193,25 @@ def _check_known(own: Sequence[Prompt]) -> None:
             )
 
 
-def _drawings(cfg: JudgeConfig, facts: ModelFacts, given: Sequence[Prompt], count: int) -> list[Drawing]:
-    """Return so many drawings of each prompt; one's seeds count up, and so does the first of single ones."""
+def _drawings(
+    cfg: JudgeConfig, facts: ModelFacts, own: Sequence[Prompt], unrelated: Sequence[Prompt]
+) -> tuple[list[Drawing], list[Drawing]]:
+    """Return the pictures of each prompt, whose seeds count up, and one of each unrelated prompt, from one to the next.
+
+    Raises:
+        UserError: one would be drawn twice.
+    """
     negative = _plain("--negative", cfg.negative)
     usual = Drawing("", negative, cfg.size or facts.resolution, cfg.seed, cfg.steps, cfg.guidance, cfg.sampler)
-    asked = [replace(usual, seed=cfg.seed + (number if count == 1 else 0)).asked(p) for number, p in enumerate(given)]
-    return [replace(one, seed=one.seed + number) for one in asked for number in range(count)]
+    asked = [usual.asked(prompt) for prompt in own]
+    found = [replace(one, seed=one.seed + number) for one in asked for number in range(cfg.images)]
+    if twice := [one for number, one in enumerate(found) if one in found[:number]]:
+        raise UserError(
+            f"--prompts: {twice[0].prompt!r} is drawn twice from seed {twice[0].seed}; leave it out once, or give it "
+            "other seeds (--d)."
+        )
+    rest = [replace(usual, seed=cfg.seed + number).asked(prompt) for number, prompt in enumerate(unrelated)]
+    return found, rest
 
 
 def _files(pictures: Mapping[Tried, Sequence[Picture]], num_own: int, images: int) -> dict[Picture, str]:
@@ -224,7 +235,7 @@ def _not_scored(choice: Choice, bench: Bench, drawings: Sequence[Drawing]) -> li
     return [reason for reason, is_so in reasons.items() if is_so]
 
 
-# --- what is seen ----------------------------------------------------------------------------------------------------
+# --- what is seen -----------------------------------------------------------------------------------------------------
 
 
 def _judged(bench: Bench, comparison: Comparison, tried: Tried, pictures: Sequence[Picture], num_own: int) -> Judged:
