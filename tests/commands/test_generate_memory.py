@@ -61,6 +61,29 @@ def test_the_same_pictures_are_drawn_with_less_memory(
     assert max(np.abs(plenty[name] - scarce[name]).max() for name in plenty) <= 1
 
 
+def test_both_passes_are_drawn_again_where_the_second_has_too_little(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With all that acts in both: a ControlNet, perturbed attention, and a sampler that draws on the way."""
+    build_tiny_control().save_pretrained(tmp_path / "lines")
+    Image.linear_gradient("L").resize((64, 64)).save(tmp_path / "picture.png")
+    options = ["--batch-size", "3", "--highres-scale", "1.5", "--sampler", "euler_a", "--pag-scale", "2"]
+    options += ["--control", str(tmp_path / "lines"), "--control-picture", str(tmp_path / "picture.png")]
+    _, plenty = draw(base, tmp_path / "plenty", *options)
+    forward = StableDiffusion.forward
+
+    def forward_with_less(self: Any, x_t: Any, *rest: Any) -> Any:
+        if len(x_t) > 2 and x_t.shape[-1] > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, x_t, *rest)
+
+    monkeypatch.setattr(StableDiffusion, "forward", forward_with_less)
+    code, scarce = draw(base, tmp_path / "scarce", *options)
+    assert code == 0 and "goes on with --batch-size 1." in capsys.readouterr().out
+    assert plenty.keys() == scarce.keys() and len(plenty) == 3
+    assert max(np.abs(plenty[name] - scarce[name]).max() for name in plenty) <= 1
+
+
 def test_a_picture_that_is_drawn_on_from_is_encoded_again_with_less_memory(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
