@@ -130,6 +130,8 @@ def test_sheets_that_are_not_too_large_are_left_as_they_are() -> None:
         ([(128, 64)], None, (256, 128)),
         ([(512, 768)], 384, (256, 384)),
         ([(128, 128)], 1000, (256, 256)),
+        ([(64, 64)], 96, (64, 64)),
+        ([(64, 64), (32, 72)], 150, (128, 144)),
     ],
 )
 def test_sizes_of_cells(sizes: list[tuple[int, int]], longest: int | None, expected: tuple[int, int]) -> None:

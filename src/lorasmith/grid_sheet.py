@@ -38,11 +38,15 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
 def cell_size(sizes: Sequence[Size], longest: int | None) -> Size:
-    """Return the size of cells for pictures of these sizes, whose longer side is at most `longest`."""
+    """Return the size of cells for pictures of these sizes, whose longer side is at most `longest`.
+
+    Pictures are made larger by whole factors only.
+    """
     width, height = max(size[0] for size in sizes), max(size[1] for size in sizes)
     factor: float = max(1, -(-_SMALLEST_SHOWN // width))
     if longest is not None:
-        factor = min(factor, longest / max(width, height))
+        most = longest / max(width, height)
+        factor = min(factor, int(most) or most)
     return max(1, round(width * factor)), max(1, round(height * factor))
 
 
