@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from lorasmith import config, validation
 from lorasmith.cli import main
+from lorasmith.training_run import session
 
 from ..tiny import write_tiny
 
@@ -22,6 +23,16 @@ WORDS = ["--no-before-after", "--no-tensorboard", "--resolution", "64", "--rank"
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("base") / "sd1.safetensors", width=8)
+
+
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(validation, "_NUM_DRAWS", 4)  # 32 take long
+
+
+@pytest.fixture
+def without_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "write_report", lambda folder, contents: folder)  # takes long
 
 
 @pytest.fixture
@@ -47,6 +58,7 @@ def logged(output: Path, name: str = "validation") -> dict[int, float]:
     return {line["step"]: line["loss"] for line in map(json.loads, lines)}
 
 
+@pytest.mark.usefixtures("without_report")
 def test_the_loss_is_measured_when_asked_and_comparable(base: Path, pictures: Path, tmp_path: Path) -> None:
     held = ["--validation-split", 0.34, "--steps", 12]
     plan = " ".join(run(base, pictures, tmp_path / "dry", *held, "--dry-run").split())
@@ -62,6 +74,7 @@ def test_the_loss_is_measured_when_asked_and_comparable(base: Path, pictures: Pa
     assert list(logged(tmp_path / "seldom")) == [0, 8, 12]
 
 
+@pytest.mark.usefixtures("without_report")
 def test_measuring_changes_nothing_of_the_training(base: Path, pictures: Path, tmp_path: Path) -> None:
     held = ["--validation-split", 0.34, "--steps", 6]
     run(base, pictures, tmp_path / "seldom", *held, "--validate-every-steps", 6)
@@ -71,6 +84,7 @@ def test_measuring_changes_nothing_of_the_training(base: Path, pictures: Path, t
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.usefixtures("without_report")
 def test_held_out_pictures_have_no_influence(base: Path, pictures: Path, tmp_path: Path) -> None:
     """Whatever is written about them, the LoRA is the same; what is written about the others changes it."""
     held = ["--validation-split", 0.34, "--steps", 4]
@@ -111,6 +125,7 @@ def test_a_resumed_run_measures_as_if_it_had_not_stopped(base: Path, pictures: P
     assert "held-out pictures are measured with the same noise" in page
 
 
+@pytest.mark.usefixtures("without_report")
 def test_changing_augmentations_do_not_reach_held_out_pictures(base: Path, pictures: Path, tmp_path: Path) -> None:
     held = ["--validation-split", 0.34, "--steps", 1]
     run(base, pictures, tmp_path / "plain", *held, "--no-cache-latents")
@@ -153,12 +168,6 @@ def test_each_picture_is_logged_and_shown(base: Path, pictures: Path, tmp_path: 
     assert all(f"<code>{name}</code>" in page and f"{loss:.4f} at last" in page for name, loss in last.items())
 
 
-@pytest.fixture
-def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(validation, "_NUM_DRAWS", 2)  # 32 take long
-
-
-@pytest.mark.usefixtures("few_draws")
 def test_the_best_are_kept_and_the_others_go(base: Path, pictures: Path, tmp_path: Path) -> None:
     held = ["--validation-split", 0.34, "--validate-every-steps", 1, "--steps", 5, "--save-precision", "float",
             "--learning-rate", 0.05]  # fmt: skip
@@ -177,7 +186,6 @@ def test_the_best_are_kept_and_the_others_go(base: Path, pictures: Path, tmp_pat
     assert best in (tmp_path / "best" / "report" / "index.html").read_text()
 
 
-@pytest.mark.usefixtures("few_draws")
 def test_a_run_stops_early_and_a_resumed_one_where_it_would_have(base: Path, pictures: Path, tmp_path: Path) -> None:
     """With a learning rate that changes nothing, the untrained model is never bettered."""
     held = ["--validation-split", 0.34, "--validate-every-steps", 1, "--learning-rate", 1e-30, "--state-every-steps", 1,
