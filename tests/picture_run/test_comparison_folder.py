@@ -1,4 +1,4 @@
-"""The folder of pictures that are compared: nothing of anyone's is replaced, and what was drawn before is used again."""
+"""The folder of pictures that are compared: nothing of anyone's is replaced; what was drawn before is used again."""
 
 from pathlib import Path
 
