@@ -131,3 +131,16 @@ def test_several_sheets_have_a_list() -> None:
         len(sheets) == 4
         and {facts["href"][1:] for tag, facts in page.elements if tag == "a" and "#" in facts["href"][:1]} == ids
     )
+
+
+def test_both_pictures_of_the_view_lie_on_one_another() -> None:
+    _, _, text = page_of(columns="lora", rows="prompt")
+    style = re.sub(r"@media[^{]*\{.*?\}\s*\}", "", re.findall(r"<style>(.*?)</style>", text, re.S)[0], flags=re.S)
+    found = []
+    for selectors, body in re.findall(r"([^{}]+)\{([^{}]*)\}", style):
+        for selector in map(str.strip, selectors.split(",")):
+            display = re.search(r"display: (\w+)", body)
+            if display and selector in ("div", "#stage", "#view > div", "#view > #stage"):  # all that mean the stage
+                found.append((selector.count("#"), len(re.findall(r"\bdiv\b", selector)), len(found), display[1]))
+    assert len(found) > 1
+    assert max(found)[-1] == "grid", "another rule makes rows of the two pictures, one below the other"

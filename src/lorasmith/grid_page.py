@@ -27,9 +27,8 @@ th { font-weight: 400; padding: .25rem .4rem; background: var(--paper); overflow
 thead { position: sticky; top: 0; z-index: 2 }
 thead th { vertical-align: bottom } thead .band { border-bottom: 1px solid var(--rule) }
 thead td { background: var(--paper); position: sticky; left: 0; z-index: 1 }
-tbody th { text-align: left; position: sticky; z-index: 1; width: 10rem; min-width: 10rem; max-width: 10rem;
-  box-sizing: border-box }
-tbody .band { border-right: 1px solid var(--rule) }
+tbody th { text-align: left; position: sticky; z-index: 1; max-width: 10rem; box-sizing: border-box }
+tbody .band { border-right: 1px solid var(--rule); width: 10rem; min-width: 10rem }
 td { padding: 0 } .inner { color: var(--faint) }
 .apart-left { padding-left: 12px } .apart-top > * { padding-top: 12px }
 td img { display: block; width: var(--cell); height: auto; border-radius: 3px } .small { image-rendering: pixelated }
@@ -41,7 +40,7 @@ dialog::backdrop { background: #121214 }
 #view { display: grid; grid-template-rows: auto 1fr auto; height: 100% }
 #view > div { display: flex; flex-wrap: wrap; gap: 1rem; align-items: center; justify-content: center;
   padding: .5rem 1rem }
-#stage { position: relative; overflow: auto; display: grid; min-height: 0; padding: 0 }
+#view > #stage { position: relative; overflow: auto; display: grid; min-height: 0; padding: 0 }
 #stage img { grid-area: 1 / 1; margin: auto; max-width: 100%; max-height: 100%; object-fit: contain; width: 100%;
   height: 100%; min-height: 0 }
 #stage.whole img { max-width: none; max-height: none; width: auto; height: auto }
