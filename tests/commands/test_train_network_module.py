@@ -181,15 +181,15 @@ def test_lycoris_learns_what_we_learn_from_the_same_weights(
 ) -> None:
     assert train(tmp_path / "first", "--steps", "1") == 0
     start = ["--weights", tmp_path / "first" / "last.safetensors", "--steps", "2", "--seed", "7"]
+    start += ["--optimizer", "sgd"]  # adamw makes a whole step of the rounding in a gradient that is almost nothing
     assert train(tmp_path / "ours", *start) == 0
     assert train(tmp_path / "theirs", *start, *LYCORIS, "preset=attn-mlp") == 0
     first, ours, theirs = (load_file(tmp_path / name / "last.safetensors") for name in ("first", "ours", "theirs"))
     assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        torch.testing.assert_close(theirs[name], tensor, atol=2e-4, rtol=1e-3)
-    assert sum((ours[name] - first[name]).abs().sum() for name in ours) > 100 * sum(
-        (ours[name] - theirs[name]).abs().sum() for name in ours
-    )
+    for name in ours:
+        learned = float((ours[name] - first[name]).abs().max())
+        assert (learned > 0) != name.endswith(".alpha")
+        torch.testing.assert_close(theirs[name], ours[name], atol=2e-3 * learned, rtol=0)
 
 
 @needs_lycoris
