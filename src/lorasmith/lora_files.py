@@ -23,7 +23,6 @@ from lorasmith.lowrank import Factors, decompose
 from lorasmith.models.keys import sd as keys
 from lorasmith.network import PARTS, group_by_module, part_of, recognise
 
-_SUFFIXES = (".safetensors", ".pt", ".ckpt")
 _BLOCK = re.compile(r"down_blocks_\d+|mid_block|up_blocks_\d+")
 _NUM_SHOWN = 3
 _LARGEST_LAYER = 1 << 26  # numbers, five times the largest layer of SDXL
@@ -338,8 +337,10 @@ def check_output(output: Path | None, inputs: Sequence[Path], *, overwrite: bool
     """
     if output is None:
         raise UserError("missing: --output, the file to write, such as --output smaller.safetensors")
-    if output.suffix not in _SUFFIXES:
-        raise UserError(f"--output: {output} should end in {', '.join(_SUFFIXES)}; .safetensors is read everywhere.")
+    if output.suffix not in kohya.SUFFIXES:
+        raise UserError(
+            f"--output: {output} should end in {', '.join(kohya.SUFFIXES)}; .safetensors is read everywhere."
+        )
     if output.is_dir():
         raise UserError(
             f"--output: {output} is a folder; give the name of a file in it, such as {output / output.name}"

@@ -96,11 +96,9 @@ FileName = Annotated[str, AfterValidator(_check_name)]
 Color = Annotated[str, AfterValidator(_check_color), Field(json_schema_extra={"format": "color"})]
 TokenLength = Annotated[int, AfterValidator(_check_token_length)]
 Separator = Annotated[str, AfterValidator(_check_separator)]
-Numbers = Annotated[list[float], Field(json_schema_extra={"format": "numbers"})]
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
 NUMBERS = Field(json_schema_extra={"format": "numbers"})
+Numbers = Annotated[list[float], NUMBERS]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 def is_changed(section: Section, name: str) -> bool:

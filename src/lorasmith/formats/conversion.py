@@ -22,7 +22,6 @@ from lorasmith.metadata import fit
 from lorasmith.models.keys import sd as keys
 
 Layers = dict[str, dict[str, Tensor]]
-_SINGLE = (".safetensors", ".pt", ".ckpt")
 
 
 @dataclass(frozen=True)
@@ -366,8 +365,8 @@ def _write_pairs(to: str, path: Path, conversion: Conversion) -> None:
 
 
 TARGETS = {
-    "kohya": Target(_SINGLE, True, True, _write_kohya),
-    "ldm": Target(_SINGLE, True, True, _write_ldm),
+    "kohya": Target(kohya.SUFFIXES, True, True, _write_kohya),
+    "ldm": Target(kohya.SUFFIXES, True, True, _write_ldm),
     "diffusers": Target((".safetensors",), False, False, _write_diffusers),
     "peft": Target(("",), False, True, _write_peft),
     "lycoris": Target((".safetensors",), True, True, _write_lycoris),

@@ -19,7 +19,8 @@ from lorasmith.errors import UserError
 from lorasmith.metadata import fit, legacy_hash, model_hash
 
 PRECISIONS = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_TORCH_SUFFIXES = {".pt", ".ckpt"}
+_TORCH_SUFFIXES = (".pt", ".ckpt")
+SUFFIXES = (".safetensors", *_TORCH_SUFFIXES)
 _LORA_TAILS = {"lora_down.weight", "lora_up.weight", "alpha"}
 
 # SD has one text encoder: sd-scripts calls it te, some tools te1; and writers that trust transformers >= 5.6 lose
@@ -102,7 +103,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     if path.suffix in _TORCH_SUFFIXES:
         write_torch(path, ready)
         return
-    assert path.suffix == ".safetensors", f"{path} should end in .safetensors, .pt or .ckpt"
+    assert path.suffix == ".safetensors", f"{path} should end in one of {SUFFIXES}"
     fitted = fit(metadata)
     write_safetensors(path, ready, {**fitted, **hashes(ready, fitted)})
 

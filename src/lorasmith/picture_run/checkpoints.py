@@ -7,9 +7,8 @@ from pathlib import Path
 
 from lorasmith.checkpoint import open_checkpoint
 from lorasmith.errors import UserError
-from lorasmith.formats import peft
+from lorasmith.formats import kohya, peft
 
-_SUFFIXES = (".safetensors", ".pt", ".ckpt")
 _STEPS = re.compile(r"\d{1,18}")
 _LAST_NUMBER = re.compile(r"(\d+)\D*$")
 
@@ -38,7 +37,7 @@ def lora_files(given: Sequence[Path]) -> tuple[list[Path], list[str]]:
 
 
 def _in_order(folder: Path) -> tuple[list[Path], list[str]]:
-    files = sorted(path for path in folder.iterdir() if path.suffix in _SUFFIXES and not path.name.startswith("."))
+    files = sorted(path for path in folder.iterdir() if path.suffix in kohya.SUFFIXES and not path.name.startswith("."))
     if not files:
         raise UserError(f"{folder}: no LoRA lies in this folder; give the output folder of a run, or LoRA files.")
     metadata = {path: _metadata(path) for path in files}

@@ -7,12 +7,13 @@ from pathlib import Path
 from lorasmith import merging, model_families
 from lorasmith.checkpoint import Checkpoint, file_sha256
 from lorasmith.errors import UserError
+from lorasmith.formats import kohya
 from lorasmith.merging import Addition, Strength
 from lorasmith.metadata import model_hash
 from lorasmith.model_families import AdapterPlace
 from lorasmith.prompt_syntax import LoraTag
 
-_SUFFIXES = (".safetensors", ".pt", ".ckpt", ".bin")
+_SUFFIXES = (*kohya.SUFFIXES, ".bin")
 
 
 class Loras:
